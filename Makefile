@@ -1,0 +1,46 @@
+# Every target sets itself up: a virtual environment in .venv, vLLM for the machine it finds, this package.
+VENV := .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+BIN := $(VENV)/bin
+MODEL ?=
+FORMAT ?= oscar-int2
+MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
+PYTEST_FLAGS ?=
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/kvcompress demo $(MODEL_FLAG) --kv-cache-dtype $(FORMAT)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -c "from pathlib import Path; from vllm_kvcompress.demo.model import fetch_demo_model; fetch_demo_model(Path('.demo/smollm2-135m'))"
+	test -f .demo/smollm2-135m/kvcompress/rotation.safetensors || $(BIN)/kvcompress calibrate .demo/smollm2-135m
+	$(BIN)/python benchmarks/benchmark_engine_decode.py .demo/smollm2-135m
+
+clean:
+	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, found {sys.version}"'
+	$(PYTHON) -m venv $(VENV)
+
+# The environment for development holds all that the demo needs.
+$(VENV)/.demo: $(BIN)/python pyproject.toml docker/install.sh
+	test -f $(VENV)/.dev || PYTHON=$(BIN)/python EXTRAS=demo docker/install.sh
+	touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml docker/install.sh
+	PYTHON=$(BIN)/python EXTRAS=dev docker/install.sh
+	touch $@

