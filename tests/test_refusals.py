@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input is refused in the process the user started: the reason, the value, the way out."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_kvcompress import plugin, rotations
+from vllm_kvcompress.rotations import LayerRotation, RotationMetadata, RotationSet
+
+LAYERS, HEADS, DIM = 2, 2, 64
+
+
+def save_model(folder: Path, **changes) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=HEADS,
+        head_dim=DIM,
+        max_position_embeddings=512,
+    )
+    config.update(changes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_KVCOMPRESS_CACHE", str(tmp_path / "cache"))
+    plugin.register()
+
+
+def rotation_set(fingerprint, layers=LAYERS, heads=HEADS, dim=DIM):
+    def orthogonal():
+        return torch.linalg.qr(torch.randn(heads, dim, dim, dtype=torch.float64)).Q.float()
+
+    entries = {
+        i: LayerRotation(
+            k_rotation=orthogonal(),
+            v_rotation=orthogonal(),
+            k_mean=torch.randn(heads, dim),
+            k_clip=torch.full((heads,), 0.9),
+            v_clip=torch.full((heads,), 0.9),
+        )
+        for i in range(layers)
+    }
+    metadata = RotationMetadata(
+        model="model",
+        fingerprint=fingerprint,
+        model_type="llama",
+        layer_ids=list(range(layers)),
+        num_kv_heads=heads,
+        num_query_heads=2 * heads,
+        head_dim=dim,
+        data="test",
+        tokens=1,
+        seed=0,
+        versions={},
+        recipe={},
+        source="calibrate",
+        sensitivity=[1.0] * layers,
+    )
+    return RotationSet(metadata, entries)
+
+
+def configure(model, dtype="oscar-int2", settings=None, **arguments):
+    """What `vllm serve` does before it starts a process: build the configuration."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if settings is not None:
+        arguments["additional_config"] = {"kvcompress": settings}
+    arguments = {"max_model_len": 512, "skip_tokenizer_init": True, **arguments}
+    return EngineArgs(model=str(model), kv_cache_dtype=dtype, **arguments).create_engine_config()
+
+
+def refused(model, *words, **arguments):
+    # pydantic reports a ValueError raised inside a configuration as its own ValidationError, a ValueError too.
+    with pytest.raises(ValueError) as caught:
+        configure(model, **arguments)
+    message = str(caught.value)
+    for word in words:
+        assert word in message, message
+
+
+def test_a_fitting_file_is_accepted(model, tmp_path):
+    path = tmp_path / "rotation.safetensors"
+    rotations.write_rotation(path, rotation_set(rotations.model_fingerprint(model)))
+    assert configure(model, settings={"rotation": str(path)}).cache_config.cache_dtype == "oscar-int2"
+
+
+def test_order_of_search(model, tmp_path):
+    """Explicit setting, then beside the model, then the user cache by fingerprint."""
+    from vllm_kvcompress.checks import resolve
+
+    own = tmp_path / "copy"
+    shutil.copytree(model, own)
+    found = rotation_set(rotations.model_fingerprint(own))
+    cache = rotations.user_cache_path(rotations.model_fingerprint(own))
+    rotations.write_rotation(cache, found)
+    assert resolve(configure(own)).rotation == cache
+    beside = own / rotations.ROTATION_BESIDE_MODEL
+    rotations.write_rotation(beside, found)
+    from vllm_kvcompress import checks
+
+    checks._resolve.cache_clear()
+    assert resolve(configure(own)).rotation == beside
+    explicit = tmp_path / "explicit.safetensors"
+    rotations.write_rotation(explicit, found)
+    assert resolve(configure(own, settings={"rotation": str(explicit)})).rotation == explicit
+
+
+def test_missing_file(model):
+    refused(model, "kvcompress calibrate")
+
+
+def test_explicit_file_that_is_not_there(model, tmp_path):
+    refused(model, "nowhere.safetensors", settings={"rotation": str(tmp_path / "nowhere.safetensors")})
+
+
+@pytest.mark.parametrize(
+    "spoil,word",
+    [
+        (lambda data: data[: len(data) // 2], "kvcompress calibrate"),
+        (lambda data: b"", "kvcompress calibrate"),
+        (lambda data: b"PK\x03\x04" + data, "kvcompress calibrate"),
+        (lambda data: json.dumps({"a": 1}).encode(), "kvcompress calibrate"),
+    ],
+    ids=["truncated", "empty", "zip", "json"],
+)
+def test_corrupt_file(model, tmp_path, spoil, word):
+    path = tmp_path / "rotation.safetensors"
+    rotations.write_rotation(path, rotation_set(rotations.model_fingerprint(model)))
+    path.write_bytes(spoil(path.read_bytes()))
+    refused(model, word, str(path), settings={"rotation": str(path)})
+
+
+def test_foreign_model(model, tmp_path):
+    path = tmp_path / "rotation.safetensors"
+    rotations.write_rotation(path, rotation_set("0" * 32))
+    refused(model, "0" * 32, "kvcompress calibrate", settings={"rotation": str(path)})
+
+
+@pytest.mark.parametrize("changes", [{"layers": 1}, {"heads": 1}, {"dim": 96}], ids=str)
+def test_wrong_geometry(model, tmp_path, changes):
+    path = tmp_path / "rotation.safetensors"
+    rotations.write_rotation(path, rotation_set(rotations.model_fingerprint(model), **changes))
+    refused(model, str(path), "kvcompress calibrate", settings={"rotation": str(path)})
+
+
+def test_rotation_for_a_format_without_one(model, tmp_path):
+    path = tmp_path / "rotation.safetensors"
+    rotations.write_rotation(path, rotation_set(rotations.model_fingerprint(model)))
+    refused(model, "uses no rotation file", dtype="hadamard-int2", settings={"rotation": str(path)})
+
+
+@pytest.mark.parametrize(
+    "settings,word",
+    [({"sink_tokens": -5}, "sink_tokens=-5"), ({"recent": 3}, "recent=3"), ({"recent_tokens": 1 << 30}, "1073741824")],
+)
+def test_settings_out_of_range(model, settings, word):
+    refused(model, word, dtype="hadamard-int2", settings=settings)
+
+
+def test_head_size(tmp_path):
+    refused(save_model(tmp_path / "m", head_dim=80), "80", "64, 96, 128, 256", dtype="hadamard-int2")
+
+
+@pytest.mark.parametrize("block_size", [16, 40, 64, 192])
+def test_block_size(model, block_size):
+    refused(model, "--block-size", f"got {block_size}", dtype="hadamard-int2", block_size=block_size)
+
+
+def test_sliding_window(tmp_path):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        sliding_window=128,
+        max_position_embeddings=512,
+    )
+    MistralForCausalLM(config).save_pretrained(tmp_path / "m")
+    refused(tmp_path / "m", "sliding-window", "auto", dtype="hadamard-int2")
+
+
+@pytest.mark.parametrize(
+    "arguments,word",
+    [
+        ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
+        ({"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config"),
+    ],
+    ids=["hybrid manager", "skip layers", "speculative"],
+)
+def test_flag_pairs(model, arguments, word):
+    refused(model, word, dtype="hadamard-int2", **arguments)
+
+
+def test_unknown_dtype_is_still_refused_by_vllm(model):
+    with pytest.raises(ValueError):
+        configure(model, dtype="oscar-int3")
+
+
+def test_other_dtypes_need_no_rotation(model):
+    assert configure(model, dtype="auto").cache_config.cache_dtype in ("auto", "float32", "bfloat16")

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every private seam of vLLM this package leans on, one test each: a failure names the seam that moved."""
+
+import dataclasses
+import inspect
+from typing import get_args
+
+import pytest
+
+from vllm_kvcompress import compat
+from vllm_kvcompress.formats import format_names
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+def test_version_is_served():
+    compat.check_version()
+
+
+def test_cache_dtype_seam():
+    """0.32: CacheConfig's Literal; 0.33: register_kv_cache_dtype and KV_CACHE_DTYPES."""
+    from vllm.config import cache
+    from vllm.utils import torch_utils
+
+    compat.register_cache_dtypes(format_names())
+    if hasattr(cache, "register_kv_cache_dtype"):
+        known = cache.KV_CACHE_DTYPES
+    else:
+        known = get_args(cache.CacheDType)
+    for name in format_names():
+        assert list(known).count(name) == 1
+        assert cache.CacheConfig(cache_dtype=name).cache_dtype == name
+        assert torch_utils.STR_DTYPE_TO_TORCH_DTYPE[name].itemsize == 1
+    with pytest.raises(ValueError):
+        cache.CacheConfig(cache_dtype="no-such-format")
+
+
+def test_platform_seams():
+    """type(current_platform).get_attn_backend_cls and .check_and_update_config are classmethods we can wrap."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    choose = platform.get_attn_backend_cls
+    assert inspect.ismethod(choose) and parameters(choose)[:2] == ["selected_backend", "attn_selector_config"]
+    check = platform.check_and_update_config
+    assert inspect.ismethod(check) and parameters(check) == ["vllm_config"]
+
+
+def test_backend_validation_seam():
+    """AttentionBackend.validate_configuration takes every field of the selector's configuration."""
+    from vllm.v1.attention.backend import AttentionBackend
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    accepted = set(parameters(AttentionBackend.validate_configuration))
+    assert set(AttentionSelectorConfig._fields) <= accepted
+
+
+def test_spec_registry_seam():
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from vllm_kvcompress.attention.windows import WindowManager, WindowSpec
+
+    assert KVCacheSpecRegistry._ensure_registered
+    built_in = KVCacheSpecRegistry.get_manager_class(_full_attention_spec())
+    assert built_in is not None and built_in.__name__ == "FullAttentionManager", FullAttentionSpec
+    spec = WindowSpec(
+        block_size=16,
+        num_kv_heads=1,
+        head_size=64,
+        dtype=_full_attention_spec().dtype,
+        sliding_window=65,
+        sink_tokens=32,
+        recent_tokens=64,
+        max_concurrent_batches=1,
+    )
+    assert KVCacheSpecRegistry.get_manager_class(spec) is WindowManager
+
+
+def _full_attention_spec():
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    return FullAttentionSpec(block_size=128, num_kv_heads=1, head_size=64, dtype=torch.uint8)
+
+
+def test_spec_fields_seam():
+    from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
+
+    names = {field.name for field in dataclasses.fields(AttentionSpec)}
+    assert {"state_content_bytes", "page_size_padded", "kv_quant_mode", "num_kv_heads", "head_size"} <= names
+    assert parameters(SlidingWindowSpec.max_admission_blocks_per_request)[1:] == [
+        "max_in_flight_tokens",
+        "max_model_len",
+    ]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "find_longest_cache_hit",
+        "get_num_blocks_to_allocate",
+        "add_local_computed_blocks",
+        "allocate_new_blocks",
+        "remove_skipped_blocks",
+        "pop_blocks_for_free",
+        "get_num_skipped_tokens",
+    ],
+)
+def test_block_manager_seam(method):
+    """WindowManager overrides these with the very parameters the coordinator passes."""
+    from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+
+    from vllm_kvcompress.attention.windows import WindowManager
+
+    assert parameters(getattr(WindowManager, method)) == parameters(getattr(SlidingWindowManager, method))
+
+
+def test_attention_impl_seam():
+    """Attention.__init__ passes ten positional arguments to the implementation."""
+    from vllm.v1.attention.backend import AttentionImpl
+
+    from vllm_kvcompress.attention.impl import KVCompressImpl
+
+    upstream = parameters(AttentionImpl.__init__)
+    assert parameters(KVCompressImpl.__init__)[: len(upstream)] == upstream
+    assert parameters(KVCompressImpl.forward) == parameters(AttentionImpl.forward)
+
+
+def test_attention_layer_seam():
+    """Layers are found in static_forward_context and expose get_attn_backend, get_kv_cache_spec, bind_kv_cache."""
+    from vllm.config import CompilationConfig
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    assert isinstance(CompilationConfig().static_forward_context, dict)
+    for method in ("get_attn_backend", "get_kv_cache_spec", "bind_kv_cache"):
+        assert hasattr(AttentionLayerBase, method)
+
+
+def test_common_metadata_seam():
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    names = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
+    needed = {"query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens", "block_table_tensor", "slot_mapping"}
+    assert needed <= names
+
+
+def test_config_fields_seam():
+    from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+
+    fields = {
+        CacheConfig: {"cache_dtype", "block_size", "kv_cache_dtype_skip_layers"},
+        ParallelConfig: {"decode_context_parallel_size", "prefill_context_parallel_size", "tensor_parallel_size"},
+        SchedulerConfig: {"disable_hybrid_kv_cache_manager"},
+        VllmConfig: {"additional_config", "speculative_config", "kv_transfer_config", "load_config"},
+    }
+    for config, names in fields.items():
+        assert names <= {field.name for field in dataclasses.fields(config)}, config
+    for name in (
+        "use_mla",
+        "is_encoder_decoder",
+        "is_hybrid",
+        "get_head_size",
+        "get_sliding_window",
+        "get_total_num_kv_heads",
+        "get_total_num_hidden_layers",
+    ):
+        assert hasattr(ModelConfig, name), name
+    assert isinstance(inspect.getattr_static(VllmConfig, "max_concurrent_batches"), property)

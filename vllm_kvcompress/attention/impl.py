@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of one layer over 2-bit pages and their 16-bit windows."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from vllm_kvcompress import rotations
+from vllm_kvcompress.attention.backend import KVCompressMetadata
+from vllm_kvcompress.attention.plan import ReadGroup
+from vllm_kvcompress.attention.window_layer import WindowLayer, WindowMetadata
+from vllm_kvcompress.checks import resolve
+from vllm_kvcompress.errors import UnsupportedModelError
+from vllm_kvcompress.formats.base import PageLayout
+from vllm_kvcompress.kernels import torch_attention
+from vllm_kvcompress.quantizers.hadamard import hadamard
+
+WINDOW_SUFFIX = ".window"
+
+
+@functools.lru_cache(maxsize=1)
+def _read_rotation(path: Path) -> rotations.RotationSet:
+    """The file is read and validated once for all layers of a process."""
+    return rotations.read_rotation(path)
+
+
+class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **unsupported: object,
+    ) -> None:
+        refused = {
+            "ALiBi": alibi_slopes is not None,
+            "sliding-window layers": sliding_window is not None,
+            "soft-capped attention logits": bool(logits_soft_cap),
+            "KV cache sharing between layers": kv_sharing_target_layer_name is not None,
+            **{name: value is not None for name, value in unsupported.items()},
+        }
+        for feature, present in refused.items():
+            if present:
+                raise UnsupportedModelError(
+                    f"--kv-cache-dtype {kv_cache_dtype} does not support {feature}, which this model uses; "
+                    "use --kv-cache-dtype auto"
+                )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.num_queries_per_kv = self.num_heads // self.num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        # Kept: the configuration is no longer "current" when weights have been loaded.
+        self._vllm_config = get_current_vllm_config()
+        self._resolved = resolve(self._vllm_config)
+        model_dtype = self._vllm_config.model_config.dtype
+        assert isinstance(model_dtype, torch.dtype)  # vLLM has resolved "auto" by now
+        self._window_dtype: torch.dtype = model_dtype if model_dtype.itemsize == 2 else torch.bfloat16
+        self._window: WindowLayer | None = None
+        self._window_name = ""
+        self._k_rotation: torch.Tensor | None = None
+        self._v_rotation: torch.Tensor | None = None
+        self._k_mean: torch.Tensor | None = None
+        self._clip_k: torch.Tensor | float = self._resolved.page_format.clip_k
+        self._clip_v: torch.Tensor | float = self._resolved.page_format.clip_v
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Load this layer's rotations and register its companion cache; the first moment the layer's name is known."""
+        context = self._vllm_config.compilation_config.static_forward_context
+        name, layer = next((n, module) for n, module in context.items() if getattr(module, "impl", None) is self)
+        self._load_rotation(extract_layer_index(name))
+        if self._resolved.has_windows and not self._window_name:
+            sinks, recent = self._resolved.sink_tokens, self._resolved.recent_tokens
+            self._window = WindowLayer(layer, self.num_heads, sinks, recent)
+            self._window_name = name + WINDOW_SUFFIX
+            context[self._window_name] = self._window
+
+    def _load_rotation(self, layer_index: int) -> None:
+        device = self._vllm_config.device_config.device
+        page_format = self._resolved.page_format
+        if page_format.rotation == "hadamard":
+            matrix = hadamard(self.head_size).to(device).expand(self.num_kv_heads, -1, -1)
+            self._k_rotation = self._v_rotation = matrix
+        if self._resolved.rotation is None:
+            return
+        layer = _read_rotation(self._resolved.rotation).layers[layer_index]
+        heads = self._own_kv_heads(layer.k_rotation.shape[0])
+        self._k_rotation = layer.k_rotation[heads].to(device)
+        self._v_rotation = layer.v_rotation[heads].to(device)
+        self._clip_k, self._clip_v = layer.k_clip[heads].to(device), layer.v_clip[heads].to(device)
+        if page_format.centring == "static":
+            self._k_mean = layer.k_mean[heads].to(device)
+
+    def _own_kv_heads(self, total: int) -> list[int]:
+        """Indices of this rank's KV heads; ranks beyond `total` hold replicas, as vLLM lays them out."""
+        rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        if total >= world:
+            return list(range(rank * self.num_kv_heads, (rank + 1) * self.num_kv_heads))
+        return [rank * total // world]
+
+    def forward(  # type: ignore[override]  # the layer is vLLM's Attention module
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: KVCompressMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend, then store.
+
+        Args:
+            query: [T, Hq, D]; key, value: [T, H, D] in the model's dtype, T padded.
+            kv_cache: [num_pages, H, page_tokens, bytes_per_token] uint8.
+            attn_metadata: None in profiling runs.
+            output: [T, Hq, D], written in place.
+        """
+        if attn_metadata is None:
+            return output.zero_()
+        windows: WindowMetadata | None = None
+        window_cache: torch.Tensor | None = None
+        if self._window is not None:
+            context = get_forward_context().attn_metadata
+            assert isinstance(context, dict)  # a list of them is micro-batching, for MoE models on several GPUs
+            found = context[self._window_name]
+            assert isinstance(found, WindowMetadata)
+            windows, window_cache = found, self._window.kv_cache
+        plan = attn_metadata.plan(windows)
+        layout = self._resolved.page_format.layout(self.head_size, kv_cache.shape[2])
+        pages = kv_cache.view(torch.uint8).flatten(2)
+        total = attn_metadata.num_actual_tokens
+        query, key, value, output = query[:total], key[:total], value[:total], output[:total]
+        k_cache, v_cache = self._to_cache_space(key, value)
+        for group in plan.groups:
+            rows = group.tokens.flatten()
+            if group.has_history:
+                result = self._attend_history(
+                    group, pages, layout, query[rows], k_cache[rows], v_cache[rows], window_cache
+                )
+            else:
+                result = self._attend_exact(group, query[rows], key[rows], value[rows])
+            output[rows] = result.to(output.dtype)
+        torch_attention.store(
+            pages, layout, plan, k_cache, v_cache, self._clip_k, self._clip_v, window_cache, self._window_dtype
+        )
+        return output
+
+    def _to_cache_space(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, H, D] model dtype -> keys (K - mean) R_k and values V R_v, [T, H, D] float32."""
+        k, v = key.float(), value.float()
+        if self._k_mean is not None:
+            k = k - self._k_mean
+        if self._k_rotation is not None and self._v_rotation is not None:
+            k = torch.matmul(k.transpose(0, 1), self._k_rotation).transpose(0, 1)
+            v = torch.matmul(v.transpose(0, 1), self._v_rotation).transpose(0, 1)
+        return k, v
+
+    def _attend_history(
+        self,
+        group: ReadGroup,
+        pages: torch.Tensor,
+        layout: PageLayout,
+        query: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        window_cache: torch.Tensor | None,
+    ) -> torch.Tensor:
+        batch, new = group.tokens.shape
+        heads, dim = self.num_kv_heads, self.head_size
+        # [B * n, H, G, D] -> [H, B * n * G, D] so that one batched product rotates every query.
+        q = query.float().view(batch * new, heads, self.num_queries_per_kv, dim)
+        if self._k_rotation is not None:
+            q = torch.einsum("thgd,hde->thge", q, self._k_rotation)
+        q = q.view(batch, new, heads, -1, dim).permute(0, 2, 3, 1, 4)
+        k = k_cache.view(batch, new, heads, dim).transpose(1, 2)
+        v = v_cache.view(batch, new, heads, dim).transpose(1, 2)
+        out = torch_attention.attend(group, pages, layout, q, k, v, window_cache, self._window_dtype, self.scale)
+        if self._v_rotation is not None:
+            out = torch.einsum("bhgne,hde->bhgnd", out, self._v_rotation)
+        return out.permute(0, 3, 1, 2, 4).reshape(batch * new, self.num_heads, dim)
+
+    def _attend_exact(
+        self, group: ReadGroup, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        batch, new = group.tokens.shape
+        heads, dim = self.num_kv_heads, self.head_size
+        q = query.view(batch, new, heads, self.num_queries_per_kv, dim).permute(0, 2, 3, 1, 4)
+        k = key.view(batch, new, heads, dim).transpose(1, 2)
+        v = value.view(batch, new, heads, dim).transpose(1, 2)
+        out = torch_attention.attend_first_chunk(q, k, v, self.scale)
+        return out.permute(0, 3, 1, 2, 4).reshape(batch * new, self.num_heads, dim)

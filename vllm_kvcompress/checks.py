@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refusals at start, in the process the user started: what is wrong, with which value, and what to do instead."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_kvcompress import rotations
+from vllm_kvcompress.config import Settings, load_settings
+from vllm_kvcompress.errors import KVCompressError, UnsupportedModelError
+from vllm_kvcompress.formats import PageFormat, get_format, is_ours
+from vllm_kvcompress.formats.base import PAGE_TOKENS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.kvcompress")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What the settings, the recipe and the format come to for one engine."""
+
+    page_format: PageFormat
+    sink_tokens: int
+    recent_tokens: int
+    rotation: Path | None
+    """Rotation file; None for formats that need none."""
+
+    @property
+    def has_windows(self) -> bool:
+        return self.sink_tokens > 0 or self.recent_tokens > 0
+
+
+def resolve(vllm_config: VllmConfig) -> Resolved:
+    """Settings of an engine; the same in every process of it.
+
+    Raises:
+        KVCompressError: bad settings, or no rotation file where one is needed.
+    """
+    model_config, load_config = vllm_config.model_config, vllm_config.load_config
+    return _resolve(
+        vllm_config.cache_config.cache_dtype,
+        load_settings(vllm_config.additional_config),
+        model_config.model,
+        model_config.revision,
+        load_config.download_dir,
+    )
+
+
+# Every layer asks, and looking up a model in the user cache means reading samples of its weights.
+@functools.lru_cache(maxsize=8)
+def _resolve(
+    cache_dtype: str, settings: Settings, model: str, revision: str | None, download_dir: str | None
+) -> Resolved:
+    page_format = get_format(cache_dtype)
+    sinks, recent = settings.windows(model)
+    rotation = None
+    if page_format.needs_calibration:
+        folder = rotations.model_folder(model, revision, download_dir)
+        rotation = rotations.find_rotation(model, folder, settings.rotation)
+    elif settings.rotation is not None:
+        raise KVCompressError(
+            f"--kv-cache-dtype {page_format.name} uses no rotation file, but rotation={settings.rotation} is set; "
+            "remove the setting or use --kv-cache-dtype oscar-int2"
+        )
+    return Resolved(page_format, sinks, recent, rotation)
+
+
+def _folder(vllm_config: VllmConfig) -> Path | None:
+    model_config = vllm_config.model_config
+    return rotations.model_folder(model_config.model, model_config.revision, vllm_config.load_config.download_dir)
+
+
+def check_config(vllm_config: VllmConfig) -> None:
+    """Refuse what cannot be served with our page formats; does nothing for other cache dtypes.
+
+    Raises:
+        KVCompressError: with the reason and the way out.
+    """
+    if vllm_config.model_config is None or not is_ours(vllm_config.cache_config.cache_dtype):
+        return
+    for reason in _unsupported(vllm_config):
+        raise UnsupportedModelError(f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}: {reason}")
+    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    resolved = resolve(vllm_config)
+    layout = resolved.page_format.layout(model_config.get_head_size(), _page_tokens(vllm_config))
+    _check_rotation(vllm_config, resolved)
+    head_size = model_config.get_head_size()
+    logger.info(
+        "KV cache format %s: %d bytes per token, layer and KV head (16-bit: %d, %.1fx), keys centred: %s, "
+        "16-bit windows: first %d and last %d tokens, rotation file: %s, tensor parallel size %d",
+        resolved.page_format.name,
+        layout.bytes_per_token,
+        4 * head_size,
+        4 * head_size / layout.bytes_per_token,
+        resolved.page_format.centring,
+        resolved.sink_tokens,
+        resolved.recent_tokens,
+        resolved.rotation or "none needed",
+        parallel.tensor_parallel_size,
+    )
+
+
+def _page_tokens(vllm_config: VllmConfig) -> int:
+    """Tokens of a page: what the user asked for, else ours. (vLLM's own default may still change after this point.)"""
+    cache_config = vllm_config.cache_config
+    if not cache_config.user_specified_block_size:
+        return PAGE_TOKENS
+    if cache_config.block_size % PAGE_TOKENS:
+        raise UnsupportedModelError(
+            f"--kv-cache-dtype {cache_config.cache_dtype} needs --block-size to be a multiple of {PAGE_TOKENS}, "
+            f"got {cache_config.block_size}. Leave --block-size out to get {PAGE_TOKENS}."
+        )
+    return cache_config.block_size
+
+
+def _check_rotation(vllm_config: VllmConfig, resolved: Resolved) -> None:
+    if resolved.rotation is None:
+        return
+    model_config = vllm_config.model_config
+    folder = _folder(vllm_config)
+    rotation = rotations.read_rotation(resolved.rotation)
+    rotations.check_fits(
+        rotation,
+        fingerprint=None if folder is None else rotations.model_fingerprint(folder),
+        layer_ids=range(model_config.get_total_num_hidden_layers()),
+        num_kv_heads=model_config.get_total_num_kv_heads(),
+        head_dim=model_config.get_head_size(),
+        path=resolved.rotation,
+    )
+
+
+def _unsupported(vllm_config: VllmConfig) -> list[str]:
+    """Reasons, most fundamental first, each naming what the user can do."""
+    model_config, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    text_config: Any = model_config.hf_text_config
+    found = [
+        (model_config.use_mla, "multi-head latent attention (MLA) keeps one compressed latent per token already"),
+        (model_config.is_encoder_decoder, "encoder-decoder models are not supported"),
+        (model_config.runner_type != "generate", f"runner {model_config.runner_type!r} keeps no KV cache to compress"),
+        (model_config.is_hybrid, "hybrid models with state-space layers are not supported"),
+        (
+            _has_sliding_window(model_config, text_config),
+            "sliding-window layers are not supported (their pages leave the window before 2 bits pay)",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "speculative decoding is not supported yet; remove --speculative-config",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors are not supported yet; remove --kv-transfer-config and --kv-offloading-size",
+        ),
+        (
+            bool(cache.kv_cache_dtype_skip_layers),
+            f"--kv-cache-dtype-skip-layers {cache.kv_cache_dtype_skip_layers} is not supported; remove it",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism is not supported; set both context-parallel sizes to 1",
+        ),
+        (
+            bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
+            "the 16-bit windows need the hybrid KV cache manager; remove --disable-hybrid-kv-cache-manager",
+        ),
+    ]
+    return [f"{reason}. Otherwise use --kv-cache-dtype auto." for wrong, reason in found if wrong]
+
+
+def _has_sliding_window(model_config: Any, text_config: Any) -> bool:
+    layer_types = getattr(text_config, "layer_types", None) or ()
+    return model_config.get_sliding_window() is not None or any("sliding" in kind for kind in layer_types)

