@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kvcompress eval`: what a KV page format costs in quality, measured on the engine that serves it.
+
+**Fed as decoding reads.** In a prompt prefilled in one step every token attends to the exact keys and values of that
+step, so its predictions say nothing about the pages. Here one prompt at a time is fed in steps of at most `feed` tokens
+(`max_num_batched_tokens = feed`, `max_num_seqs = 1`), so all earlier history is read from the pages. The recorder
+checks the size of every step. `long_prefill_token_threshold` would not do: vLLM ignores it for a request that is
+alone in the batch.
+
+**What a larger step flatters.** The recent window counts back from the step's first token, so the last prediction of a
+step sees feed - 1 exact tokens more than in decoding, and a page mean may be taken over more tokens. `--feed 1` is
+decoding itself and slow; figures of different `feed` must not be compared with each other.
+
+**Exact KL in little space.** A distribution over the vocabulary for every position is gigabytes; the hidden state it
+follows from is a few hundred numbers. The reference engine (`auto`) stores the final hidden states of the scored
+positions. The engine under test, which holds the same output head, computes both logits of a step together and keeps
+one number per position: KL(reference || format) over the whole vocabulary, in nats. Both go through the model's own
+`compute_logits`, by default with a float32 head, for bf16 logits (steps of 0.125 near 20) tie too often for argmax.
+
+Modules: `specs` what to run; `text`, `recall`, `prompts` what to feed; `launch` the process, `engine` and `recorder`
+the run inside it; `metrics` figures and intervals; `report` table, JSON and PNG; `command` the command line.
+"""

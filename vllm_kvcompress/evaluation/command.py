@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure what KV page formats cost in quality, on real vLLM engines fed as decoding reads.
+
+Every format runs in its own engine on the same tokens. Text is fed in steps of at most --feed tokens, so each
+prediction past the windows reads its history from the KV pages. `auto` always runs as the reference. Reported with 95 %
+intervals: perplexity and its ratio to auto, KL(auto || format) over the whole vocabulary, top-1 agreement; and verbatim
+recall of a sentence by depth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_kvcompress.errors import KVCompressError
+from vllm_kvcompress.evaluation import launch, recall, report, text
+from vllm_kvcompress.evaluation.engine import Job, engine_arguments
+from vllm_kvcompress.evaluation.metrics import text_figures
+from vllm_kvcompress.evaluation.prompts import Prompt
+from vllm_kvcompress.evaluation.specs import FormatSpec, parse_formats
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SUMMARY = "measure perplexity, KL, top-1 agreement and recall of page formats against auto"
+
+# Fewer scored positions a chunk than this are not worth starting an engine for.
+_MIN_SCORED = 32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `kvcompress eval`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", help="Hugging Face name or folder")
+    parser.add_argument(
+        "--formats",
+        default="oscar-int2,hadamard-int2,int2",
+        help="comma-separated --kv-cache-dtype values; NAME:KEY=VALUE,KEY=VALUE overrides settings of one "
+        "(oscar-int2:recent_tokens=256,sink_tokens=64). Default: %(default)s",
+    )
+    parser.add_argument("--data", required=True, metavar="FILE", help='text: .txt, or .jsonl with {"text": ...} lines')
+    skip = "leave out this first part, e.g. what calibration has seen (default %(default)s)"
+    parser.add_argument("--skip-fraction", type=float, default=0.6, metavar="F", help=skip)
+    parser.add_argument("--context", type=int, default=1024, help="tokens a chunk (default %(default)s)")
+    parser.add_argument("--chunks", type=int, default=8, help="chunks of text (default %(default)s)")
+    parser.add_argument(
+        "--feed",
+        type=int,
+        default=64,
+        help="most tokens fed a step; 1 = decoding, slower and a little worse (default %(default)s)",
+    )
+    windows = parser.add_argument_group("settings of this package's formats")
+    windows.add_argument("--sinks", type=int, metavar="S", help="first tokens kept exact")
+    windows.add_argument("--recent", type=int, metavar="R", help="last tokens kept exact")
+    windows.add_argument("--rotation", metavar="FILE", help="rotation file (default: where the engine looks)")
+    windows.add_argument("--additional-config", type=_json_object, default={}, metavar="JSON", help="as vLLM's")
+    probe = parser.add_argument_group("verbatim-quote recall probe")
+    probe.add_argument(
+        "--recall-depths", type=int, default=4, help="distances tried; 0 = no probe (default %(default)s)"
+    )
+    probe.add_argument("--recall-sentences", type=int, default=3, help="sentences a distance (default %(default)s)")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--dtype", default="auto", help="model dtype (default %(default)s)")
+    head = "dtype of the logits; a quantised output head needs `model` (default %(default)s)"
+    engine.add_argument("--head-dtype", choices=("float32", "model"), default="float32", help=head)
+    engine.add_argument("--max-model-len", type=int, help="default: --context")
+    engine.add_argument("--kv-bytes", type=int, help="bytes of KV cache (default: enough for one chunk)")
+    more = 'further keyword arguments of vllm.LLM, e.g. {"tensor_parallel_size": 2}'
+    engine.add_argument("--engine-args", type=_json_object, default={}, metavar="JSON", help=more)
+    parser.add_argument("--seed", type=int, default=0, help="of recall sentences and bootstrap (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("kvcompress-eval"), metavar="DIR", help="default: %(default)s")
+
+
+def _json_object(value: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return parsed
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the engines one after the other and report; 1 if any format failed."""
+    _check_numbers(args)
+    specs = parse_formats(args.formats, common=_common_settings(args), additional_config=args.additional_config)
+    windows = {spec.label: spec.windows(args.model) for spec in specs}
+    first_position = max(sinks + recent for sinks, recent in windows.values())
+    if args.context - 1 - first_position < _MIN_SCORED:
+        raise KVCompressError(
+            f"--context {args.context} leaves too few positions past the windows of {first_position} tokens; raise "
+            "--context or lower --sinks and --recent"
+        )
+    # Before anything slow: a missing file should not be found out after loading a tokenizer.
+    source = text.read_text(args.data, args.skip_fraction)
+    config, tokenizer = _load_model_files(args)
+    _check_limit(args, config)
+    chunks = text.cut_chunks(source, tokenizer, args.chunks, args.context)
+    prompts = [Prompt(tokens, first_position, args.context - 1) for tokens in chunks]
+    probes: list[recall.Probe] = []
+    if args.recall_depths:
+        probes = recall.build_probes(
+            tokenizer,
+            chunks[0],
+            context=args.context,
+            first_token=max(sinks for sinks, _ in windows.values()),
+            # A sentence that straddles the recent window would be read half exact.
+            min_depth=max(recent for _, recent in windows.values()) + args.feed,
+            depths=args.recall_depths,
+            sentences=args.recall_sentences,
+            seed=args.seed,
+        )
+    notes = _notes(args, specs, windows)
+    settings = {
+        **{name: value for name, value in vars(args).items() if name != "command"},
+        "first_position": first_position,
+        "windows": windows,
+        "kvcompress": version("vllm-kvcompress"),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    outcome = report.Report(settings, [], notes)
+    kv_bytes = args.kv_bytes or _kv_bytes(config, args.context)
+    with tempfile.TemporaryDirectory(prefix="kvcompress-eval-") as scratch:
+        reference: launch.Recorded | None = None
+        for number, spec in enumerate(specs):
+            job = Job(
+                folder=Path(scratch) / str(number),
+                reference_folder=Path(scratch) / "0" if number else None,
+                feed=args.feed,
+                engine_args=engine_arguments(
+                    args.model,
+                    kv_cache_dtype=spec.kv_cache_dtype,
+                    additional_config=spec.additional_config,
+                    feed=args.feed,
+                    max_model_len=args.max_model_len or args.context,
+                    kv_bytes=kv_bytes,
+                    dtype=args.dtype,
+                    head_dtype=args.head_dtype,
+                    seed=args.seed,
+                    extra=args.engine_args,
+                ),
+            )
+            log_file = args.out / "logs" / f"{number}-{spec.kv_cache_dtype}.log"
+            try:
+                recorded = launch.run_engine(job, [*prompts, *(p.prompt for p in probes)], spec.label, log_file)
+            except launch.EngineFailure as failure:
+                if reference is None:
+                    raise KVCompressError(f"the reference engine (auto) failed: {failure}") from None
+                outcome.rows.append(report.Row(spec, error=str(failure)))
+            else:
+                reference = reference or recorded
+                outcome.rows.append(_row(spec, recorded, reference, probes, args))
+            # Written after every format: an interrupted run keeps what it has.
+            report.write_json(outcome, args.out / "eval.json")
+    print(report.table(outcome))
+    written = [str(args.out / "eval.json")]
+    if report.write_plot(outcome, args.out / "eval.png"):
+        written.append(str(args.out / "eval.png"))
+    else:
+        print("eval.png was not drawn: matplotlib is not installed", file=sys.stderr)
+    print(f"Wrote {' and '.join(written)}")
+    return 1 if any(row.error for row in outcome.rows) else 0
+
+
+def _row(
+    spec: FormatSpec,
+    recorded: launch.Recorded,
+    reference: launch.Recorded,
+    probes: list[recall.Probe],
+    args: argparse.Namespace,
+) -> report.Row:
+    chunks = args.chunks
+    figures = text_figures(
+        recorded.logprob[:chunks],
+        reference.logprob[:chunks],
+        None if recorded.kl is None else recorded.kl[:chunks],
+        None if recorded.agree is None else recorded.agree[:chunks],
+        seed=args.seed,
+    )
+    curve = recall.recall_figures(probes, recorded.logprob[chunks:], recorded.top1[chunks:])
+    return report.Row(spec, figures, curve, recorded.summary)
+
+
+def _common_settings(args: argparse.Namespace) -> dict[str, Any]:
+    rotation = None if args.rotation is None else str(Path(args.rotation).absolute())
+    given = {"sink_tokens": args.sinks, "recent_tokens": args.recent, "rotation": rotation}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    least = {"context": 2, "chunks": 1, "feed": 1, "recall_depths": 0, "recall_sentences": 1, "seed": 0, "kv_bytes": 1}
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise KVCompressError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+    if args.max_model_len is not None and args.max_model_len < args.context:
+        raise KVCompressError(f"--max-model-len {args.max_model_len} is below --context {args.context}")
+
+
+def _load_model_files(args: argparse.Namespace) -> tuple[PretrainedConfig, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    trust = bool(args.engine_args.get("trust_remote_code", False))
+    try:
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise KVCompressError(f"cannot load {args.model}: {error}") from None
+    return config.get_text_config(), tokenizer
+
+
+def _check_limit(args: argparse.Namespace, config: PretrainedConfig) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and args.context > limit:
+        raise KVCompressError(f"--context {args.context} is beyond the model's limit of {limit} tokens")
+
+
+def _kv_bytes(config: PretrainedConfig, context: int) -> int:
+    """KV cache for one chunk, generously: 16-bit pages, companion windows and rounding up to whole pages fit thrice."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_per_token = 2 * 2 * config.num_hidden_layers * heads * head_dim
+    return max(256 << 20, 3 * bytes_per_token * (context + 1024))
+
+
+def _notes(args: argparse.Namespace, specs: list[FormatSpec], windows: dict[str, tuple[int, int]]) -> list[str]:
+    recent = [windows[spec.label][1] for spec in specs if spec.ours]
+    if recent and min(recent) < args.feed:
+        return [
+            f"--feed {args.feed} exceeds a recent window of {min(recent)}: most predictions saw far more exact tokens "
+            "than in decoding. Lower --feed."
+        ]
+    return []

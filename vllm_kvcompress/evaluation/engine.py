@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One format's engine, in a process of its own: `python -m vllm_kvcompress.evaluation.engine JOB.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vllm_kvcompress.errors import KVCompressError
+
+
+class Job(BaseModel):
+    """What one engine process does. Files of one prompt carry its index."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    folder: Path
+    """Where prompts.json lies, and results, summary.json or error.txt go."""
+    reference_folder: Path | None
+    """The reference's folder; None when this is the reference."""
+    feed: int
+    engine_args: dict[str, Any]
+    """Keyword arguments of vllm.LLM."""
+
+    def result_file(self, index: int) -> Path:
+        return self.folder / f"prompt{index}.safetensors"
+
+    @property
+    def progress_file(self) -> Path:
+        """One byte for each prompt done."""
+        return self.folder / "progress"
+
+
+class Summary(BaseModel):
+    """What the engine reports about itself."""
+
+    start_seconds: float
+    feed_seconds: float
+    largest_step: int
+    versions: dict[str, str]
+    device: str
+    dtype: str
+    kv_cache_blocks: int | None
+    block_size: int | None
+
+
+def engine_arguments(
+    model: str,
+    *,
+    kv_cache_dtype: str,
+    additional_config: dict[str, Any],
+    feed: int,
+    max_model_len: int,
+    kv_bytes: int,
+    dtype: str,
+    head_dtype: str,
+    seed: int,
+    extra: dict[str, Any],
+) -> dict[str, Any]:
+    """Keyword arguments of vllm.LLM under which history is read from the pages as in decoding."""
+    arguments: dict[str, Any] = {
+        "model": model,
+        "kv_cache_dtype": kv_cache_dtype,
+        "additional_config": additional_config,
+        # One request alone, in steps of `feed`: see the package's docstring.
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": feed,
+        "enable_chunked_prefill": True,
+        "enable_prefix_caching": False,
+        "max_model_len": max_model_len,
+        "kv_cache_memory_bytes": kv_bytes,
+        "dtype": dtype,
+        "seed": seed,
+        # The recorder's hook must run in every step; it also starts without compiling or capturing graphs.
+        "enforce_eager": True,
+        "worker_extension_cls": "vllm_kvcompress.evaluation.recorder.EvaluationRecorder",
+        # Tokens in, numbers out.
+        "skip_tokenizer_init": True,
+    }
+    if head_dtype != "model":
+        arguments["hf_overrides"] = {"head_dtype": head_dtype}
+    return arguments | extra
+
+
+def run_job(job: Job) -> Summary:
+    """Start the engine, feed every prompt, leave one result file each."""
+    from vllm import LLM, SamplingParams
+
+    prompts = json.loads((job.folder / "prompts.json").read_text())
+    started = time.perf_counter()
+    llm = LLM(**job.engine_args)
+    ready = time.perf_counter()
+    sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+    largest = 0
+    for index, prompt in enumerate(prompts):
+        reference = job.reference_folder and str(job.reference_folder / job.result_file(index).name)
+        llm.collective_rpc(
+            "kvcompress_eval_begin", args=(prompt["tokens"], prompt["start"], prompt["stop"], reference, job.feed)
+        )
+        llm.generate({"prompt_token_ids": prompt["tokens"][:-1]}, sampling, use_tqdm=False)
+        steps = llm.collective_rpc("kvcompress_eval_end", args=(str(job.result_file(index)),))
+        largest = max(largest, *steps)
+        with job.progress_file.open("ab") as progress:
+            progress.write(b".")
+    return Summary(
+        start_seconds=ready - started,
+        feed_seconds=time.perf_counter() - ready,
+        largest_step=largest,
+        **_describe(llm),
+    )
+
+
+def _describe(llm: Any) -> dict[str, Any]:
+    import torch
+    import transformers
+    import vllm
+
+    config = llm.llm_engine.vllm_config
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": {
+            "vllm": vllm.__version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "python": sys.version.split()[0],
+        },
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "kv_cache_blocks": config.cache_config.num_gpu_blocks,
+        "block_size": config.cache_config.block_size,
+    }
+
+
+def _reason(error: BaseException) -> str:
+    """What to tell the user: pydantic wraps a refusal in a dump of the whole configuration, which nobody reads."""
+    if isinstance(error, ValidationError):
+        return "; ".join(details["msg"].removeprefix("Value error, ") for details in error.errors(include_input=False))
+    return str(error) if isinstance(error, KVCompressError) else f"{type(error).__name__}: {error}"
+
+
+def main(argv: list[str]) -> int:
+    """Run the job of a file; on failure leave the reason in error.txt, for the parent to tell."""
+    job = Job.model_validate_json(Path(argv[0]).read_text())
+    try:
+        summary = run_job(job)
+    except BaseException as error:
+        traceback.print_exc()
+        (job.folder / "error.txt").write_text(_reason(error))
+        return 1
+    (job.folder / "summary.json").write_text(summary.model_dump_json())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
