@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo model, downloaded, converted and calibrated once a machine: tests of quality need real weights."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder with its rotation file beside it."""
+    from vllm_kvcompress import rotations
+    from vllm_kvcompress.demo.model import fetch_demo_model
+
+    cache = Path(os.environ.get("KVCOMPRESS_TEST_CACHE", Path.home() / ".cache" / "vllm-kvcompress-tests"))
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = fetch_demo_model(cache / "smollm2-135m")
+        rotation = folder / rotations.ROTATION_BESIDE_MODEL
+        # One calibration serves a version of the code: its file is named by what made it.
+        if not is_current(rotation):
+            subprocess.run([sys.executable, "-m", "vllm_kvcompress", "calibrate", str(folder)], check=True)
+    return folder
+
+
+def is_current(rotation: Path) -> bool:
+    """Whether the rotation file was made by this very source of calibration and quantiser."""
+    import hashlib
+
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("calibration/*.py"), *root.glob("vllm_kvcompress/quantizers/*.py")]):
+        digest.update(path.read_bytes())
+    mark = rotation.with_suffix(".source")
+    current = rotation.is_file() and mark.is_file() and mark.read_text() == digest.hexdigest()
+    if not current:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        rotation.unlink(missing_ok=True)
+        mark.write_text(digest.hexdigest())
+    return current
