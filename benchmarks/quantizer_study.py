@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from vllm_kvcompress.calibration import model as models
 from vllm_kvcompress.calibration.statistics import Moments, eigenbasis, rotation_of
 from vllm_kvcompress.calibration.tap import Heads, listening
 from vllm_kvcompress.calibration.text import generated_sequences
-
 from vllm_kvcompress.quantizers import affine
 from vllm_kvcompress.quantizers.hadamard import hadamard
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from vllm_kvcompress.calibration.tap import Heads
 
+from vllm_kvcompress.calibration.tap import Heads
 from vllm_kvcompress.quantizers import affine
 from vllm_kvcompress.rotations import LayerRotation
 

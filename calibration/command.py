@@ -46,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
     from vllm_kvcompress.calibration import model as models
     from vllm_kvcompress.calibration import text
     from vllm_kvcompress.calibration.pipeline import calibrate
-
     from vllm_kvcompress.rotations.file import write_rotation
 
     device = models.pick_device(args.device)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from vllm_kvcompress.calibration.tap import NAME
 
+from vllm_kvcompress.calibration.tap import NAME
 from vllm_kvcompress.errors import KVCompressError, UnsupportedModelError
 from vllm_kvcompress.formats.base import SUPPORTED_HEAD_DIMS
 

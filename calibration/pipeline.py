@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
 from vllm_kvcompress.calibration import sensitivity
 from vllm_kvcompress.calibration.clips import ClipErrors, Windows
 from vllm_kvcompress.calibration.model import check_head_dim
 from vllm_kvcompress.calibration.statistics import Moments, rotation_of
 from vllm_kvcompress.calibration.tap import Listener, listening
-
 from vllm_kvcompress.errors import KVCompressError, UnsupportedModelError
 from vllm_kvcompress.rotations import LayerRotation, RotationMetadata, RotationSet
 

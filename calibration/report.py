@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from vllm_kvcompress.calibration.pipeline import Calibration
 from vllm_kvcompress.calibration.statistics import eigenbasis
-
 from vllm_kvcompress.errors import KVCompressError
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from vllm_kvcompress.calibration.tap import Heads
 
+from vllm_kvcompress.calibration.tap import Heads
 from vllm_kvcompress.quantizers.hadamard import bit_reversal, hadamard
 
 

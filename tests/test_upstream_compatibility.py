@@ -25,10 +25,7 @@ def test_cache_dtype_seam():
     from vllm.utils import torch_utils
 
     compat.register_cache_dtypes(format_names())
-    if hasattr(cache, "register_kv_cache_dtype"):
-        known = cache.KV_CACHE_DTYPES
-    else:
-        known = get_args(cache.CacheDType)
+    known = cache.KV_CACHE_DTYPES if hasattr(cache, "register_kv_cache_dtype") else get_args(cache.CacheDType)
     for name in format_names():
         assert list(known).count(name) == 1
         assert cache.CacheConfig(cache_dtype=name).cache_dtype == name

@@ -7,10 +7,10 @@ from dataclasses import fields
 import pytest
 import torch
 from transformers import BertConfig, DeepseekV3Config, LlamaConfig, T5Config
+
 from vllm_kvcompress.calibration import sensitivity
 from vllm_kvcompress.calibration.model import check_config, load
 from vllm_kvcompress.calibration.pipeline import calibrate
-
 from vllm_kvcompress.cli import main
 from vllm_kvcompress.errors import KVCompressError, RotationError, UnsupportedModelError
 from vllm_kvcompress.rotations import check_fits, model_fingerprint, read_rotation

@@ -2,9 +2,9 @@
 """Clips are those with the least error of the attention output."""
 
 import torch
+
 from vllm_kvcompress.calibration.clips import GRID, ClipErrors, Windows
 from vllm_kvcompress.calibration.tap import Heads
-
 from vllm_kvcompress.quantizers import affine
 from vllm_kvcompress.rotations import LayerRotation
 

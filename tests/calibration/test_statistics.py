@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+
 from vllm_kvcompress.calibration.statistics import Moments, eigenbasis, rotation_of
 from vllm_kvcompress.calibration.tap import Heads
 

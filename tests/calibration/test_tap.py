@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+
 from vllm_kvcompress.calibration import tap
 from vllm_kvcompress.calibration.model import load
-
 from vllm_kvcompress.errors import UnsupportedModelError
 
 

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
+
 from vllm_kvcompress.calibration.model import load
 from vllm_kvcompress.calibration.text import file_sequences, generated_sequences
-
 from vllm_kvcompress.errors import KVCompressError
 
 

@@ -19,7 +19,8 @@ def test_round_trip(seed, dim, lead):
     packed = packing.pack(codes)
     assert packed.dtype == torch.uint8 and packed.shape == (*lead, dim // 4)
     assert torch.equal(packing.unpack(packed), codes)
-    assert torch.equal(packing.unpack_float(packed), codes.float())
+    out, index = torch.empty(codes.shape), torch.empty(packed.shape, dtype=torch.int64)
+    assert torch.equal(packing.unpack_float(packed, out, index), codes.float())
 
 
 def test_every_byte_value_unpacks_to_its_own_codes():

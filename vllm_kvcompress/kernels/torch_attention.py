@@ -118,8 +118,13 @@ def attend(
         _read_pages_into(all_keys[:, :, :paged], all_values[:, :, :paged], pages, layout, group)
     if group.window_blocks.shape[1]:
         assert window_cache is not None
-        # [B, W, H, 2D] in one gather, heads moved forward as a view.
-        both = window_cache.view(window_dtype)[group.window_blocks, :, group.window_offsets]
+        # [B, W, H, 2D] in one gather of 16-byte words, heads moved forward as a view.
+        words = window_cache.view(torch.complex128)
+        gathered = _WORKSPACE.get(
+            "windows", (*group.window_blocks.shape, heads, words.shape[-1]), words.dtype, words.device
+        )
+        torch.ops.aten.index.Tensor_out(words, [group.window_blocks, None, group.window_offsets], out=gathered)
+        both = gathered.view(window_dtype)
         if not group.windows_complete:
             both = both.masked_fill(~group.window_mask[:, :, None, None], 0)
         k, v = both.transpose(1, 2).chunk(2, dim=-1)
@@ -141,13 +146,16 @@ def _read_pages_into(
     """
     batch, count = group.pages.shape
     heads = pages.shape[1]
-    # Words of 8 bytes: an indexed copy costs per element, and head_bytes is a multiple of 16.
-    words = pages.view(torch.int64)
+    # Words of 16 bytes: an indexed copy costs per element, and head_bytes is a multiple of 16.
+    words = pages.view(torch.complex128)
     head_index = torch.arange(heads, device=pages.device)[None, :, None]
-    fields = page_fields(words[group.pages[:, None, :], head_index].view(torch.uint8), layout)  # [B, H, P, ...]
+    gathered = _WORKSPACE.get("pages", (batch, heads, count, words.shape[-1]), words.dtype, words.device)
+    torch.ops.aten.index.Tensor_out(words, [group.pages[:, None, :], head_index], out=gathered)
+    fields = page_fields(gathered.view(torch.uint8), layout)  # [B, H, P, ...]
     unread = ~group.page_mask.view(batch, 1, count, layout.page_tokens, 1)
     by_page = (batch, heads, count, layout.page_tokens, layout.head_dim)
     floats = _WORKSPACE.get("codes", by_page, torch.float32, pages.device)
+    index = _WORKSPACE.get("index", (*by_page[:-1], layout.code_bytes), torch.int64, pages.device)
     for out, codes, scales in (
         (keys, fields.k_codes, fields.k_scales),
         (values, fields.v_codes, fields.v_scales),
@@ -155,7 +163,7 @@ def _read_pages_into(
         scale, zero = scales.masked_fill(unread, 0).float().split(1, dim=-1)
         by_pages = out.unflatten(2, (count, layout.page_tokens))
         # Not addcmul: broadcast over the last dimension it is three times slower than the two steps.
-        torch.mul(packing.unpack_float(codes, floats), scale, out=by_pages)
+        torch.mul(packing.unpack_float(codes, floats, index), scale, out=by_pages)
         by_pages.add_(zero)
     if fields.k_mean is not None:
         null = (group.pages == 0)[:, None, :, None]

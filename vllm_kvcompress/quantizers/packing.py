@@ -33,13 +33,14 @@ def _float_table(device: torch.device) -> torch.Tensor:
     return unpack(every_byte).float().contiguous().view(torch.complex128).squeeze(-1)
 
 
-def unpack_float(packed: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """[..., D/4] uint8 -> [..., D] float32 codes by one table look-up a byte: 2.5x faster than shifts on a CPU.
+def unpack_float(packed: torch.Tensor, out: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[..., D/4] uint8 -> [..., D] float32 codes by one table look-up a byte: faster than shifts on a CPU.
 
     Args:
-        out: contiguous [..., D] float32 to fill; a new tensor if None.
+        out: contiguous [..., D] float32 to fill.
+        index: scratch, contiguous [..., D/4] int64. Scratch tensors are the caller's to keep: allocating them anew
+            costs more in page faults than the look-up itself.
     """
-    if out is None:
-        out = torch.empty(*packed.shape[:-1], packed.shape[-1] * CODES_PER_BYTE, device=packed.device)
-    torch.take(_float_table(packed.device), packed.long(), out=out.view(torch.complex128))
+    index.copy_(packed)
+    torch.gather(_float_table(packed.device), 0, index.view(-1), out=out.view(torch.complex128).view(-1))
     return out
