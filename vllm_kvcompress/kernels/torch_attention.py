@@ -7,6 +7,8 @@ queries means rotated by the keys' rotation.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -17,6 +19,9 @@ from vllm_kvcompress.quantizers import packing
 
 # Bound on elements of dequantised history (per tensor) and of the attention mask held at once.
 _MAX_ELEMENTS = 1 << 24
+
+# Up to so many query rows a KV head, scores are fewer than the elements of a key (head sizes start at 64).
+_FEW_ROWS = 32
 
 _WORKSPACE = Workspace()
 
@@ -97,8 +102,9 @@ def attend(
     Returns:
         [B, H, G, n, D] float32, in cache space of the values.
     """
-    batch, heads, _, new, head_dim = queries.shape
-    length = group.page_mask.shape[1] + group.window_mask.shape[1] + new
+    batch, heads, query_heads, new, head_dim = queries.shape
+    paged, windowed = group.page_mask.shape[1], group.window_mask.shape[1]
+    length = paged + windowed + new
     step = max(1, _MAX_ELEMENTS // (length * heads * head_dim))
     if step < batch:
         parts = []
@@ -109,41 +115,101 @@ def attend(
                 attend(part, pages, layout, queries[rows], keys[rows], values[rows], window_cache, window_dtype, scale)
             )
         return torch.cat(parts)
-    # [B, H, T, D] with T = tokens of the pages, of the windows, and the new ones.
-    shape = (batch, heads, length, head_dim)
-    all_keys = _WORKSPACE.get("keys", shape, torch.float32, keys.device)
-    all_values = _WORKSPACE.get("values", shape, torch.float32, keys.device)
-    paged = group.page_mask.shape[1]
-    if paged:
-        _read_pages_into(all_keys[:, :, :paged], all_values[:, :, :paged], pages, layout, group)
-    if group.window_blocks.shape[1]:
-        assert window_cache is not None
-        # [B, W, H, 2D] in one gather of 16-byte words, heads moved forward as a view.
-        words = window_cache.view(torch.complex128)
-        gathered = _WORKSPACE.get(
-            "windows", (*group.window_blocks.shape, heads, words.shape[-1]), words.dtype, words.device
-        )
-        torch.ops.aten.index.Tensor_out(words, [group.window_blocks, None, group.window_offsets], out=gathered)
-        both = gathered.view(window_dtype)
-        if not group.windows_complete:
-            both = both.masked_fill(~group.window_mask[:, :, None, None], 0)
-        k, v = both.transpose(1, 2).chunk(2, dim=-1)
-        all_keys[:, :, paged : length - new] = k
-        all_values[:, :, paged : length - new] = v
-    all_keys[:, :, length - new :] = keys
-    all_values[:, :, length - new :] = values
     history = torch.cat((group.page_mask, group.window_mask), dim=1)
+    codes = _read_codes(pages, layout, group) if paged else None
+    windows = _read_windows(window_cache, group, window_dtype) if windowed else None
+    if query_heads * new <= _FEW_ROWS:
+        return _attend_codes(queries, keys, values, codes, windows, history, scale)
+    parts_k, parts_v = [keys], [values]
+    if windows is not None:
+        parts_k.insert(0, windows[0])
+        parts_v.insert(0, windows[1])
+    if codes is not None:
+        dequantised = codes.dequantise_()
+        parts_k.insert(0, dequantised[0])
+        parts_v.insert(0, dequantised[1])
+    shape = (batch, heads, length, head_dim)
+    all_keys = torch.cat(parts_k, dim=2, out=_WORKSPACE.get("keys", shape, torch.float32, keys.device))
+    all_values = torch.cat(parts_v, dim=2, out=_WORKSPACE.get("values", shape, torch.float32, keys.device))
     return _masked_attention(queries, all_keys, all_values, history, scale)
 
 
-def _read_pages_into(
-    keys: torch.Tensor, values: torch.Tensor, pages: torch.Tensor, layout: PageLayout, group: ReadGroup
-) -> None:
-    """Dequantise a group's pages into keys, values [B, H, P * page_tokens, D] float32; masked tokens read as zero.
+def _attend_codes(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    codes: _Codes | None,
+    windows: tuple[torch.Tensor, torch.Tensor] | None,
+    history: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Few rows (decoding): products are taken with the codes and scaled afterwards, for there are fewer scores than
+    elements, and a dequantised copy would have to be written and read once more. Shapes as in `attend`."""
+    batch, heads, query_heads, new, head_dim = queries.shape
+    paged, past = 0 if codes is None else codes.keys.shape[2], history.shape[1]
+    # The query heads of a KV head are rows of one product, so nothing is repeated for them.
+    q = queries.reshape(batch, heads, query_heads * new, head_dim) * scale
+    causal = torch.ones(new, new, dtype=torch.bool, device=q.device).tril()
+    mask = torch.cat((history[:, None, :].expand(-1, new, -1), causal.expand(batch, -1, -1)), dim=-1)
+    scores = [q @ keys.mT]
+    if windows is not None:
+        scores.insert(0, q @ windows[0].mT)
+    if codes is not None:
+        scores.insert(0, codes.scores(q))
+    rows = torch.cat(scores, dim=-1).unflatten(2, (query_heads, new))
+    weights = rows.masked_fill_(~mask[:, None, None], -torch.inf).softmax(dim=-1).flatten(2, 3)
+    out = weights[..., past:] @ values
+    if windows is not None:
+        out += weights[..., paged:past] @ windows[1]
+    if codes is not None:
+        out += codes.weighted_values(weights[..., :paged])
+    return out.unflatten(2, (query_heads, new))
 
-    Masked tokens must not only be masked: their bytes are whatever the page held before, NaN included, and
-    NaN times a weight of zero is NaN.
+
+@dataclass(frozen=True)
+class _Codes:
+    """The pages of a group as codes and scales.
+
+    Scales and means of masked tokens are zero. It is not enough to mask their scores: their bytes are whatever the
+    page held before, NaN included, and NaN times a weight of zero is NaN.
     """
+
+    keys: torch.Tensor
+    """[B, H, T, D] float32 codes; T = P * page_tokens"""
+    values: torch.Tensor
+    key_scale: torch.Tensor
+    """[B, H, 1, T] float32, like the other three"""
+    key_zero: torch.Tensor
+    value_scale: torch.Tensor
+    value_zero: torch.Tensor
+    key_mean: torch.Tensor | None
+    """[B, H, P, D] float32"""
+
+    def scores(self, queries: torch.Tensor) -> torch.Tensor:
+        """[B, H, M, D] -> [B, H, M, T]"""
+        found = queries @ self.keys.mT
+        found *= self.key_scale
+        found.addcmul_(queries.sum(-1, keepdim=True), self.key_zero)
+        if self.key_mean is not None:
+            pages = self.key_mean.shape[2]
+            found.unflatten(-1, (pages, -1)).add_((queries @ self.key_mean.mT).unsqueeze(-1))
+        return found
+
+    def weighted_values(self, weights: torch.Tensor) -> torch.Tensor:
+        """[B, H, M, T] -> [B, H, M, D]"""
+        found = (weights * self.value_scale) @ self.values
+        return found.add_(weights @ self.value_zero.mT)
+
+    def dequantise_(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, H, T, D] float32, in the place of their codes: the codes are gone."""
+        # Not addcmul: broadcast over the last dimension it is three times slower than the two steps.
+        keys = self.keys.mul_(self.key_scale.mT).add_(self.key_zero.mT)
+        if self.key_mean is not None:
+            keys.unflatten(2, (self.key_mean.shape[2], -1)).add_(self.key_mean.unsqueeze(-2))
+        return keys, self.values.mul_(self.value_scale.mT).add_(self.value_zero.mT)
+
+
+def _read_codes(pages: torch.Tensor, layout: PageLayout, group: ReadGroup) -> _Codes:
     batch, count = group.pages.shape
     heads = pages.shape[1]
     # Words of 16 bytes: an indexed copy costs per element, and head_bytes is a multiple of 16.
@@ -152,22 +218,45 @@ def _read_pages_into(
     gathered = _WORKSPACE.get("pages", (batch, heads, count, words.shape[-1]), words.dtype, words.device)
     torch.ops.aten.index.Tensor_out(words, [group.pages[:, None, :], head_index], out=gathered)
     fields = page_fields(gathered.view(torch.uint8), layout)  # [B, H, P, ...]
-    unread = ~group.page_mask.view(batch, 1, count, layout.page_tokens, 1)
-    by_page = (batch, heads, count, layout.page_tokens, layout.head_dim)
-    floats = _WORKSPACE.get("codes", by_page, torch.float32, pages.device)
-    index = _WORKSPACE.get("index", (*by_page[:-1], layout.code_bytes), torch.int64, pages.device)
-    for out, codes, scales in (
-        (keys, fields.k_codes, fields.k_scales),
-        (values, fields.v_codes, fields.v_scales),
-    ):
-        scale, zero = scales.masked_fill(unread, 0).float().split(1, dim=-1)
-        by_pages = out.unflatten(2, (count, layout.page_tokens))
-        # Not addcmul: broadcast over the last dimension it is three times slower than the two steps.
-        torch.mul(packing.unpack_float(codes, floats, index), scale, out=by_pages)
-        by_pages.add_(zero)
-    if fields.k_mean is not None:
-        null = (group.pages == 0)[:, None, :, None]
-        keys.unflatten(2, (count, layout.page_tokens)).add_(fields.k_mean.masked_fill(null, 0).float().unsqueeze(-2))
+    by_page = (batch, heads, count, layout.page_tokens)
+    index = _WORKSPACE.get("index", (*by_page, layout.code_bytes), torch.int64, pages.device)
+    unread = ~group.page_mask.view(batch, 1, count, layout.page_tokens)
+
+    def codes(name: str, packed: torch.Tensor) -> torch.Tensor:
+        out = _WORKSPACE.get(name, (*by_page, layout.head_dim), torch.float32, pages.device)
+        return packing.unpack_float(packed, out, index).flatten(2, 3)
+
+    def scales(field: torch.Tensor) -> torch.Tensor:
+        return field.masked_fill(unread, 0).float().flatten(2).unsqueeze(2)
+
+    mean = fields.k_mean
+    return _Codes(
+        keys=codes("key codes", fields.k_codes),
+        values=codes("value codes", fields.v_codes),
+        key_scale=scales(fields.k_scales[..., 0]),
+        key_zero=scales(fields.k_scales[..., 1]),
+        value_scale=scales(fields.v_scales[..., 0]),
+        value_zero=scales(fields.v_scales[..., 1]),
+        key_mean=None if mean is None else mean.masked_fill((group.pages == 0)[:, None, :, None], 0).float(),
+    )
+
+
+def _read_windows(
+    window_cache: torch.Tensor | None, group: ReadGroup, window_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [B, H, W, D] float32 of a group's 16-bit tokens; zero where there is none."""
+    assert window_cache is not None
+    batch, count = group.window_mask.shape
+    words = window_cache.view(torch.complex128)
+    shape = (batch, count, window_cache.shape[1], words.shape[-1])
+    gathered = _WORKSPACE.get("windows", shape, words.dtype, words.device)
+    torch.ops.aten.index.Tensor_out(words, [group.window_blocks, None, group.window_offsets], out=gathered)
+    both = gathered.view(window_dtype)  # [B, W, H, 2D]
+    if not group.windows_complete:
+        both = both.masked_fill(~group.window_mask[:, :, None, None], 0)
+    floats = _WORKSPACE.get("window floats", (batch, both.shape[2], count, both.shape[3]), torch.float32, both.device)
+    keys, values = floats.copy_(both.transpose(1, 2)).chunk(2, dim=-1)
+    return keys, values
 
 
 def _masked_attention(
