@@ -160,9 +160,9 @@ def test_page_bytes_on_the_allocated_tensor(request, name):
 def test_quality_of_calibrated_pages(demo_model):
     """Perplexity of a real text read from the pages: fed in steps of 64 tokens, so that history is never exact.
 
-    Measured with these windows, on eight chunks of WikiText-2 and on this text alike: oscar-int2 1.03 to 1.04 times that
-    of auto; int2 3.6 and 5.1 times. Calibration differs between machines, so the bound is 1.10; a wrong page, slot,
-    rotation or scale gives far above 2.
+    Measured with these windows, on eight chunks of WikiText-2 and on this text alike: oscar-int2 1.03 to 1.04 times
+    that of auto; int2 3.6 and 5.1 times. Calibration differs between machines, so the bound is 1.10; a wrong page,
+    slot, rotation or scale gives far above 2.
     """
     from transformers import AutoTokenizer
 
