@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_kvcompress.calibration.tap import Heads
+from vllm_kvcompress.formats.base import PAGE_TOKENS
 from vllm_kvcompress.quantizers import affine
 from vllm_kvcompress.rotations import LayerRotation
 
@@ -21,7 +22,6 @@ GRID = (1.0, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 PRIOR_SEQUENCES = 2
 """How many sequences the curve of the whole model counts for when a head's clip is chosen: a few held-back sequences
 alone would fit each head to their noise."""
-PAGE_TOKENS = 128
 QUERIES = 96
 """Queries sampled per sequence: the error is an average, so a sample serves and large models stay affordable."""
 

@@ -88,9 +88,9 @@ def check_config(vllm_config: VllmConfig) -> None:
         raise UnsupportedModelError(f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}: {reason}")
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     resolved = resolve(vllm_config)
-    layout = resolved.page_format.layout(model_config.get_head_size(), _page_tokens(vllm_config))
-    _check_rotation(vllm_config, resolved)
     head_size = model_config.get_head_size()
+    layout = resolved.page_format.layout(head_size, _page_tokens(vllm_config))
+    _check_rotation(vllm_config, resolved)
     logger.info(
         "KV cache format %s: %d bytes per token, layer and KV head (16-bit: %d, %.1fx), keys centred: %s, "
         "16-bit windows: first %d and last %d tokens, rotation file: %s, tensor parallel size %d",

@@ -120,17 +120,15 @@ def attend(
     windows = _read_windows(window_cache, group, window_dtype) if windowed else None
     if query_heads * new <= _FEW_ROWS:
         return _attend_codes(queries, keys, values, codes, windows, history, scale)
-    parts_k, parts_v = [keys], [values]
+    sources = [] if codes is None else [codes.dequantise_()]
     if windows is not None:
-        parts_k.insert(0, windows[0])
-        parts_v.insert(0, windows[1])
-    if codes is not None:
-        dequantised = codes.dequantise_()
-        parts_k.insert(0, dequantised[0])
-        parts_v.insert(0, dequantised[1])
+        sources.append(windows)
+    sources.append((keys, values))
     shape = (batch, heads, length, head_dim)
-    all_keys = torch.cat(parts_k, dim=2, out=_WORKSPACE.get("keys", shape, torch.float32, keys.device))
-    all_values = torch.cat(parts_v, dim=2, out=_WORKSPACE.get("values", shape, torch.float32, keys.device))
+    all_keys = torch.cat([k for k, _ in sources], dim=2, out=_WORKSPACE.get("keys", shape, torch.float32, keys.device))
+    all_values = torch.cat(
+        [v for _, v in sources], dim=2, out=_WORKSPACE.get("values", shape, torch.float32, keys.device)
+    )
     return _masked_attention(queries, all_keys, all_values, history, scale)
 
 
@@ -151,11 +149,10 @@ def _attend_codes(
     q = queries.reshape(batch, heads, query_heads * new, head_dim) * scale
     causal = torch.ones(new, new, dtype=torch.bool, device=q.device).tril()
     mask = torch.cat((history[:, None, :].expand(-1, new, -1), causal.expand(batch, -1, -1)), dim=-1)
-    scores = [q @ keys.mT]
+    scores = [] if codes is None else [codes.scores(q)]
     if windows is not None:
-        scores.insert(0, q @ windows[0].mT)
-    if codes is not None:
-        scores.insert(0, codes.scores(q))
+        scores.append(q @ windows[0].mT)
+    scores.append(q @ keys.mT)
     rows = torch.cat(scores, dim=-1).unflatten(2, (query_heads, new))
     weights = rows.masked_fill_(~mask[:, None, None], -torch.inf).softmax(dim=-1).flatten(2, 3)
     out = weights[..., past:] @ values

@@ -160,15 +160,18 @@ def find_rotation(model: str, folder: Path | None, explicit: str | Path | None) 
         return path
     looked: list[str] = []
     if folder is not None:
-        candidates = [folder / ROTATION_BESIDE_MODEL]
+        beside = folder / ROTATION_BESIDE_MODEL
+        if beside.is_file():
+            return beside
+        looked.append(str(beside))
         try:
-            candidates.append(user_cache_path(model_fingerprint(folder)))
+            cached = user_cache_path(model_fingerprint(folder))
         except RotationError as error:
             looked.append(f"the user cache ({error})")
-        for path in candidates:
-            if path.is_file():
-                return path
-        looked = [*map(str, candidates), *looked]
+        else:
+            if cached.is_file():
+                return cached
+            looked.append(str(cached))
     else:
         looked.append(f"the local copy of {model} (not downloaded yet)")
     raise RotationError(
