@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// Host side of the decode kernel: which instantiation serves a call, and how much workspace it needs.
+#include "decode_sm90.cuh"
+
+namespace vllm_kvcompress {
+
+const char* launch_decode(const DecodeParams& p, cudaStream_t stream) {
+  if (p.num_reqs == 0 || p.num_tokens == 0) return nullptr;
+  if (p.max_query_len < 1 || p.max_query_len > sm90::kMaxNewTokens) return "max_query_len must be 1 to 8";
+  if (p.window_cache != nullptr && p.window_block_tokens != sm90::kBlockTokens)
+    return "window blocks must hold 16 tokens";
+  if (p.workspace_elements < decode_workspace_elements(p.num_kv_heads, p.num_heads / p.num_kv_heads, p.head_dim,
+                                                       p.num_reqs, p.max_query_len))
+    return "the workspace is smaller than decode_workspace_elements says";
+  int device = 0, num_sms = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    switch (p.head_dim) {
+      case 64: error = sm90::launch_head_dim<64>(p, num_sms, stream); break;
+      case 128: error = sm90::launch_head_dim<128>(p, num_sms, stream); break;
+      case 256: error = sm90::launch_head_dim<256>(p, num_sms, stream); break;
+      default: return "head_dim must be 64, 128 or 256";
+    }
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+long long decode_workspace_elements(int num_kv_heads, int group, int head_dim, int max_num_reqs, int max_query_len) {
+  // Rows are padded to whole tiles of 4, 8 or 16; a partial result is head_dim sums, a maximum and a weight a row.
+  const long long rows = static_cast<long long>(group) * max_query_len;
+  const int tile = rows <= 4 ? 4 : rows <= 8 || head_dim > 128 ? 8 : 16;
+  const long long tiles = (rows + tile - 1) / tile;
+  const long long slots = sm90::kMaxCtas + static_cast<long long>(max_num_reqs) * num_kv_heads * tiles;
+  return slots * tile * (head_dim + 2);
+}
+
+}  // namespace vllm_kvcompress

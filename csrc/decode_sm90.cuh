@@ -1,0 +1,1054 @@
+// SPDX-License-Identifier: Apache-2.0
+// Decode attention over 2-bit pages on Hopper (sm_90a). docs: "How the decode kernel works" in csrc/README.md.
+//
+// One launch of `decode_kernel` reads everything a step's queries attend to: 2-bit pages, 16-bit window blocks and the
+// step's own tokens. A grid of persistent CTAs shares the work evenly in units of one page or one block; a second
+// kernel, `combine_kernel`, merges the partial results of a (request, row tile, KV head) and rotates them back.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "decode.h"
+
+namespace vllm_kvcompress {
+namespace sm90 {
+
+constexpr int kWarps = 4;                           // compute warps of a CTA; one more warp loads
+constexpr int kThreads = 32 * (kWarps + 1);
+constexpr int kComputeThreads = 32 * kWarps;
+constexpr int kWarpTokens = kPageTokens / kWarps;   // tokens of a page one warp reads
+constexpr int kBlockTokens = 16;                    // tokens of a window block
+constexpr int kMaxNewTokens = 8;
+constexpr int kMaxCtas = 512;                       // bound on the grid, for sizing the workspace
+constexpr int kCombineThreads = 512;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLazyMax = 4.f;                     // scores may exceed the running maximum by this many powers of 2
+constexpr float kCodeUnit = 16777216.f;             // 2^24: the bits of a code, read as fp16, are code * 2^-24
+
+// ---- inline PTX ------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ void mbarrier_init(uint32_t bar, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
+}
+__device__ __forceinline__ void mbarrier_arrive(uint32_t bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t bar, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred ready;\nspin:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 ready, [%0], %1;\n"
+      "@ready bra done;\nbra spin;\ndone:\n}\n" ::"r"(bar), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void bulk_copy(uint32_t destination, const void* source, int bytes, uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
+      "l"(source), "r"(bytes), "r"(bar) : "memory");
+}
+__device__ __forceinline__ void compute_barrier() {  // the compute warps only
+  asm volatile("bar.sync 1, %0;" ::"n"(kComputeThreads) : "memory");
+}
+// D[16 x 8] += A[16 x 16] B[16 x 8], fp16 operands, float32 accumulators.
+__device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ uint32_t transpose8x8(uint32_t a) {
+  uint32_t d;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Two floats as an fp16 pair, the first in the low half; beyond fp16's range they saturate (an inf would become NaN).
+__device__ __forceinline__ uint32_t pack_half2(float low, float high) {
+  uint32_t d;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+__device__ __forceinline__ float2 unpack_half2(uint32_t x) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&x));
+}
+__device__ __forceinline__ uint32_t multiply_half2(uint32_t x, float factor) {
+  const __half2 product = __hmul2(*reinterpret_cast<const __half2*>(&x), __float2half2_rn(factor));
+  return *reinterpret_cast<const uint32_t*>(&product);
+}
+// The 16-bit elements number `half` (0: low, 1: high) of two words, side by side.
+template <int half>
+__device__ __forceinline__ uint32_t pair_halves(uint32_t x, uint32_t y) {
+  return __byte_perm(x, y, half ? 0x7632 : 0x5410);
+}
+__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// ---- codes as fp16 subnormals ----------------------------------------------------------------------------------
+
+// A word holds 16 codes: channels 0..7 in its low half, 8..15 in its high half, 2 bits each. Masking position p leaves
+// the fp16 pair (channel p, channel p + 8) as code * 4^shift_of(p) * 2^-24, exactly. Positions 5..7 would reach the
+// exponent's sign bits, so they are masked in the word shifted right by 10.
+__host__ __device__ constexpr int shift_of(int p) { return p < 5 ? p : p - 5; }
+__host__ __device__ constexpr float power4(int s) { return static_cast<float>(1 << (2 * s)); }
+__device__ __forceinline__ uint32_t codes_at(uint32_t word, uint32_t word_shifted10, int p) {
+  return (p < 5 ? word : word_shifted10) & (0x00030003u << (2 * shift_of(p)));
+}
+
+// ---- shapes ----------------------------------------------------------------------------------------------------
+
+template <int D>
+struct Shape {
+  static constexpr int kKeyWords = D / 64;        // words of codes of one token that a lane multiplies with
+  static constexpr int kCodeBytes = D / 4;        // bytes of codes of one token of one tensor
+  static constexpr int kTiles = D / 16;           // 16-channel tiles of the output
+  static constexpr int kValueCodes = kPageTokens * kCodeBytes;
+  static constexpr int kKeyScales = 2 * kValueCodes;
+  static constexpr int kValueScales = kKeyScales + kPageTokens * 4;
+  static constexpr int kKeyMean = kValueScales + kPageTokens * 4;
+  static constexpr int kStageBytes = kKeyMean + 2 * D;  // a page with its mean; a block of 16 tokens is smaller
+  static constexpr int kBlockBytes = kBlockTokens * 4 * D;
+  static constexpr int kRowBytes = 4 * D;         // one 16-bit token: K | V
+  static_assert(kBlockBytes <= kStageBytes && kStageBytes % 128 == 0);
+
+  // Position of tile t's codes in their word (its weight 4^shift_of is taken out of the output).
+  __host__ __device__ static constexpr int position(int tile) { return tile % 8; }
+  // Where channel d of an output row lies among the accumulators, as tile * 16 + row of the tile.
+  __host__ __device__ static constexpr int accumulator_of(int d) {
+    const int high = d >> 3 & 1;
+    if constexpr (D == 64) return (d & 3) * 16 + high * 8 + (d >> 4) + (d >> 2 & 1) * 4;
+    if constexpr (D == 128) return (d & 7) * 16 + high * 8 + (d >> 4);
+    return ((d >> 4 & 1) * 8 + (d & 7)) * 16 + high * 8 + (d >> 5);
+  }
+};
+
+// ---- the work list ---------------------------------------------------------------------------------------------
+
+// One request's part of the work, the same for each of its row tiles and KV heads. Units in order: sink blocks, pages,
+// recent blocks, one unit of new tokens.
+struct Request {
+  int history;      // tokens before this step's
+  int num_new;      // 0: the request has no work
+  int sink_end;     // tokens [0, sink_end) are sinks
+  int recent_begin; // tokens [recent_begin, history) are recent, sinks excluded
+  int sink_units, page_units, recent_units;
+
+  __device__ __forceinline__ int units() const {
+    return num_new > 0 ? sink_units + page_units + recent_units + 1 : 0;
+  }
+};
+
+struct WorkShape {
+  const int32_t* query_start_loc;
+  const int32_t* seq_lens;
+  int num_reqs, max_query_len, sink_tokens, recent_tokens;
+  int segments;  // row tiles x KV heads: items of a request
+};
+
+__device__ __forceinline__ Request load_request(const WorkShape& s, int b) {
+  Request r;
+  const int begin = __ldg(s.query_start_loc + b);
+  r.num_new = min(__ldg(s.query_start_loc + b + 1) - begin, s.max_query_len);
+  r.history = max(__ldg(s.seq_lens + b) - r.num_new, 0);
+  r.sink_end = min(s.sink_tokens, r.history);
+  r.recent_begin = s.recent_tokens > 0 ? max(r.history - s.recent_tokens, r.sink_end) : r.history;
+  r.sink_units = (r.sink_end + kBlockTokens - 1) / kBlockTokens;
+  r.page_units = (r.history + kPageTokens - 1) / kPageTokens;
+  r.recent_units = r.recent_begin < r.history
+                       ? (r.history + kBlockTokens - 1) / kBlockTokens - r.recent_begin / kBlockTokens
+                       : 0;
+  return r;
+}
+
+// Units of all requests; every lane of the warp gets the sum.
+__device__ __forceinline__ int count_units(const WorkShape& s) {
+  int sum = 0;
+  for (int b = threadIdx.x & 31; b < s.num_reqs; b += 32) sum += load_request(s, b).units();
+  return __reduce_add_sync(~0u, sum) * s.segments;
+}
+
+// CTAs that take part: all if each has enough to do, else two a multiprocessor, else one unit each.
+__device__ __forceinline__ int active_ctas(int total, int num_ctas, int num_sms) {
+  return min(num_ctas, max(min(total, 2 * num_sms), total / 8));
+}
+__device__ __forceinline__ int first_unit(int cta, int total, int active) {
+  return static_cast<int>(static_cast<int64_t>(total) * cta / active);
+}
+__device__ __forceinline__ int cta_of_unit(int unit, int total, int active) {
+  return static_cast<int>((static_cast<int64_t>(unit + 1) * active - 1) / total);
+}
+
+// A place in the work list: request b, item `segment` of it, unit `unit` of the item.
+struct Cursor {
+  int b, segment, unit;
+};
+
+// The place of global unit `u`, found by the whole warp.
+__device__ __forceinline__ Cursor find_unit(const WorkShape& s, int u) {
+  const int lane = threadIdx.x & 31;
+  int before = 0;
+  for (int base = 0;; base += 32) {
+    const int b = base + lane;
+    const int units = b < s.num_reqs ? load_request(s, b).units() : 0;
+    int end = units;
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+      const int other = __shfl_up_sync(~0u, end, step);
+      if (lane >= step) end += other;
+    }
+    const bool reached = before + end * s.segments > u;
+    const unsigned found = __ballot_sync(~0u, reached);
+    if (found || base + 32 >= s.num_reqs) {
+      const int who = found ? __ffs(found) - 1 : 31;
+      const int inside = u - before - __shfl_sync(~0u, end - units, who) * s.segments;
+      const int count = max(__shfl_sync(~0u, units, who), 1);
+      return {base + who, inside / count, inside % count};
+    }
+    before += __shfl_sync(~0u, end, 31) * s.segments;
+  }
+}
+
+// ---- what the loader tells the compute warps about a stage -----------------------------------------------------
+
+enum UnitKind : int { kSkip = 0, kPage = 1, kBlock = 2, kNew = 3 };
+
+// kPage: first = position of the page's first token, count = tokens to read, mask = which of its 16-token parts have
+//        a window block (those of their tokens that lie in a window are not read here).
+// kBlock: rows first <= r < count are read.   kNew: count rows.
+struct Unit {
+  int kind, first, count, mask;
+};
+
+// ---- decode ----------------------------------------------------------------------------------------------------
+
+// kColumns / 8 query tiles of 8 rows. kPacked: at most 4 rows, laid twice side by side so that one score fragment
+// serves 32 tokens.
+template <int D, int NT, bool kPacked, int kStages, int kCtasPerSm>
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const DecodeParams p, int num_sms, int row_tiles) {
+  using S = Shape<D>;
+  constexpr int W = S::kKeyWords;
+  constexpr int kTiles = S::kTiles;
+  constexpr int kRows = kPacked ? 4 : 8 * NT;
+  constexpr int kColumns = 8 * NT;
+  constexpr int kOutStride = D + 8;
+  static_assert(!kPacked || NT == 1);
+
+  extern __shared__ __align__(128) uint8_t shared[];
+  uint8_t* const stages = shared;
+  float* const out_buffer = reinterpret_cast<float*>(shared + kStages * S::kStageBytes);  // [warps][kRows][kOutStride]
+  float* const max_buffer = out_buffer + kWarps * kRows * kOutStride;                     // [warps][kColumns]
+  float* const sum_buffer = max_buffer + kWarps * kColumns;
+  float* const zero_buffer = sum_buffer + kWarps * kColumns;
+  Unit* const units = reinterpret_cast<Unit*>(zero_buffer + kWarps * kColumns);           // [kStages]
+  uint64_t* const barriers = reinterpret_cast<uint64_t*>(units + kStages);                // full, then empty
+  const uint32_t full = shared_address(barriers), empty = shared_address(barriers + kStages);
+
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  if (threadIdx.x < kStages) {
+    mbarrier_init(full + threadIdx.x * 8, 1);
+    mbarrier_init(empty + threadIdx.x * 8, kWarps);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __syncthreads();
+
+  const int group = p.num_heads / p.num_kv_heads;
+  const bool windows = p.window_cache != nullptr;
+  const WorkShape shape{p.query_start_loc, p.seq_lens, p.num_reqs, p.max_query_len, windows ? p.sink_tokens : 0,
+                        windows ? p.recent_tokens : 0, row_tiles * p.num_kv_heads};
+  const int total = count_units(shape);
+  const int active = active_ctas(total, gridDim.x, num_sms);
+  const int cta = blockIdx.x;
+  if (cta >= active) return;
+  int u = first_unit(cta, total, active);
+  const int u_end = first_unit(cta + 1, total, active);
+  Cursor at = find_unit(shape, u);
+
+  // ---- loader ----
+  if (warp == kWarps) {
+    int stage = 0;
+    uint32_t parity = 1;  // the first round of stages is empty already
+    while (u < u_end) {
+      // Each lane looks up one unit, so that the table's latency is paid once for 32 units.
+      Cursor mine = at;
+      Request r = load_request(shape, mine.b);
+      int ahead = lane;
+      for (;;) {
+        const int left = (shape.segments - mine.segment) * r.units() - mine.unit;
+        if (ahead < left) {
+          const int position = mine.unit + ahead;
+          mine.segment += position / r.units();
+          mine.unit = position % r.units();
+          break;
+        }
+        if (mine.b + 1 >= shape.num_reqs) break;  // beyond the end: never used
+        ahead -= max(left, 0);
+        mine = {mine.b + 1, 0, 0};
+        r = load_request(shape, mine.b);
+      }
+      Unit unit{kSkip, 0, 0, 0};
+      const uint8_t* source = nullptr;
+      int bytes = 0;
+      if (u + lane < u_end) {
+        const int head = mine.segment % p.num_kv_heads;
+        const int32_t* table = p.block_table + mine.b * p.block_table_stride;
+        const int32_t* window_table = p.window_table + mine.b * p.window_table_stride;
+        int i = mine.unit;
+        int block = -1;
+        if (i < r.sink_units) {
+          block = i;
+          unit = {kBlock, 0, min(r.sink_end - i * kBlockTokens, kBlockTokens), 0};
+        } else if ((i -= r.sink_units) < r.page_units) {
+          const int first = i * kPageTokens, count = min(r.history - first, kPageTokens);
+          int mask = 0;
+          bool covered = false;
+          if (first < r.sink_end || first + count > r.recent_begin) {
+            covered = true;
+            for (int part = 0; part * kBlockTokens < count; ++part) {
+              const int begin = first + part * kBlockTokens, end = min(begin + kBlockTokens, first + count);
+              const bool touched = begin < r.sink_end || end > r.recent_begin;
+              const bool present = touched && __ldg(window_table + begin / kBlockTokens) != 0;
+              mask |= present << part;
+              covered &= present && (end <= r.sink_end || begin >= r.recent_begin || r.sink_end >= r.recent_begin);
+            }
+          }
+          const int page = covered ? 0 : __ldg(table + i);
+          if (page != 0) {
+            unit = {kPage, first, count, mask};
+            source = static_cast<const uint8_t*>(p.pages) + page * p.page_stride + head * p.head_bytes;
+            bytes = static_cast<int>(p.head_bytes);
+          }
+        } else if ((i -= r.page_units) < r.recent_units) {
+          block = r.recent_begin / kBlockTokens + i;
+          unit = {kBlock, max(r.recent_begin - block * kBlockTokens, 0),
+                  min(r.history - block * kBlockTokens, kBlockTokens), 0};
+        } else {
+          const int64_t row = __ldg(p.query_start_loc + mine.b);
+          unit = {kNew, 0, r.num_new, 0};
+          source = static_cast<const uint8_t*>(p.new_kv) + (row * p.new_kv_row_stride + head * 2 * D) * 2;
+          bytes = r.num_new * S::kRowBytes;
+        }
+        if (block >= 0) {
+          const int id = __ldg(window_table + block);
+          if (id == 0) {
+            unit = {kSkip, 0, 0, 0};
+          } else {
+            source = static_cast<const uint8_t*>(p.window_cache) + id * p.window_block_stride +
+                     static_cast<int64_t>(head) * S::kBlockBytes;
+            bytes = S::kBlockBytes;
+          }
+        }
+      }
+      const int batch = min(32, u_end - u);
+      for (int s = 0; s < batch; ++s) {
+        Unit next{__shfl_sync(~0u, unit.kind, s), __shfl_sync(~0u, unit.first, s), __shfl_sync(~0u, unit.count, s),
+                  __shfl_sync(~0u, unit.mask, s)};
+        const auto address = __shfl_sync(~0u, reinterpret_cast<uint64_t>(source), s);
+        const auto* from = reinterpret_cast<const uint8_t*>(address);
+        const int size = __shfl_sync(~0u, bytes, s);
+        const uint32_t bar = full + stage * 8, to = shared_address(stages + stage * S::kStageBytes);
+        mbarrier_wait(empty + stage * 8, parity);
+        if (lane == 0) {
+          units[stage] = next;
+          if (size) {
+            mbarrier_arrive_expect(bar, size);
+          } else {
+            mbarrier_arrive(bar);
+          }
+        }
+        __syncwarp();
+        if (next.kind == kNew) {
+          if (lane < next.count)
+            bulk_copy(to + lane * S::kRowBytes, from + lane * p.new_kv_row_stride * 2, S::kRowBytes, bar);
+        } else if (size && lane == 0) {
+          bulk_copy(to, from, size, bar);
+        }
+        if (++stage == kStages) {
+          stage = 0;
+          parity ^= 1;
+        }
+      }
+      u += batch;
+      if (u < u_end) {  // continue after the last lane's unit
+        at = {__shfl_sync(~0u, mine.b, 31), __shfl_sync(~0u, mine.segment, 31), __shfl_sync(~0u, mine.unit, 31) + 1};
+        r = load_request(shape, at.b);
+        if (at.unit == r.units()) {
+          at.unit = 0;
+          ++at.segment;
+        }
+        while (at.segment == shape.segments || load_request(shape, at.b).units() == 0) at = {at.b + 1, 0, 0};
+      }
+    }
+    return;
+  }
+
+  // ---- compute warps ----
+  // Rows of a score fragment are tokens in the order 0 4 1 5 2 6 3 7, +8: then the values' loads, four consecutive
+  // tokens at once, meet no bank conflict, and a word pair (token j, token j + 4) is one operand.
+  const int g = lane >> 2, j = lane & 3;
+  const int row_token = (g >> 1) + 4 * (g & 1);
+  const bool low_columns = j < 2;
+  const uint32_t first_half = g < 4 ? ~0u : 0u;
+  const float scale = p.scale * kLog2e;
+  const bool window_bf16 = p.window_dtype == DType::kBFloat16;
+
+  int stage = 0, turn = 0;
+  uint32_t parity = 0;
+  while (u < u_end) {
+    const Request r = load_request(shape, at.b);
+    const int row_tile = at.segment / p.num_kv_heads, head = at.segment % p.num_kv_heads;
+    const int first_row = row_tile * kRows;
+    const int rows = min(r.num_new * group - first_row, kRows);
+    const int64_t token0 = __ldg(p.query_start_loc + at.b);
+    const int item_end = min(u_end, u + r.units() - at.unit);
+
+    // Query fragments: position q's channels are divided by 4^shift, which masking multiplies the codes with.
+    uint32_t query[NT][8 * W];
+    float query_sum[NT][2];
+#pragma unroll
+    for (int t = 0; t < NT; ++t) {
+      const int row = (kPacked ? g & 3 : g) + 8 * t;
+      const bool real = row < rows;
+      const int full_row = first_row + (real ? row : 0);
+      const __half* source = static_cast<const __half*>(p.q) + (token0 + full_row / group) * p.q_token_stride +
+                             (head * group + full_row % group) * p.q_head_stride + 16 * W * j;
+      float sum = 0.f;
+#pragma unroll
+      for (int w = 0; w < W; ++w) {
+        uint4 low = make_uint4(0, 0, 0, 0), high = low;
+        if (real) {
+          low = *reinterpret_cast<const uint4*>(source + 16 * w);
+          high = *reinterpret_cast<const uint4*>(source + 16 * w + 8);
+        }
+#pragma unroll
+        for (int q = 0; q < 8; ++q) {
+          const uint32_t pair = q & 1 ? pair_halves<1>(word_of(low, q / 2), word_of(high, q / 2))
+                                      : pair_halves<0>(word_of(low, q / 2), word_of(high, q / 2));
+          const float2 x = unpack_half2(pair);
+          sum += x.x + x.y;
+          query[t][w * 8 + q] = pack_half2(x.x / power4(shift_of(q)), x.y / power4(shift_of(q)));
+        }
+      }
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      sum *= scale;
+      query_sum[t][0] = __shfl_sync(~0u, sum, 8 * j);
+      query_sum[t][1] = __shfl_sync(~0u, sum, 8 * j + 4);
+    }
+
+    float out[NT][kTiles][4];
+    float shift[NT][2], weight_sum[NT][2], zero_sum[NT][2];  // shift = -running maximum
+    bool unseen[NT][2];
+#pragma unroll
+    for (int t = 0; t < NT; ++t) {
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) out[t][i][0] = out[t][i][1] = out[t][i][2] = out[t][i][3] = 0.f;
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        shift[t][k] = weight_sum[t][k] = zero_sum[t][k] = 0.f;
+        unseen[t][k] = true;
+      }
+    }
+    bool in_code_units = true;  // `out` holds sums of code * 4^shift * 2^-24, else of values
+
+    auto rescale_out = [&](bool to_code_units) {
+      if (in_code_units == to_code_units) return;
+      in_code_units = to_code_units;
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        const float unit = power4(shift_of(S::position(i))) / kCodeUnit;
+        const float factor = to_code_units ? unit : 1.f / unit;
+#pragma unroll
+        for (int t = 0; t < NT; ++t)
+#pragma unroll
+          for (int k = 0; k < 4; ++k) out[t][i][k] *= factor;
+      }
+    };
+
+    // Weights of a 16 x 8 score fragment, as operands of the product with the values. scores: minus the maximum.
+    auto softmax = [&](float(&scores)[NT][4], float2 value0, float2 value1, uint32_t(&weights)[NT][2]) {
+      bool outgrown = false;
+#pragma unroll
+      for (int t = 0; t < NT; ++t) {
+        const float top = fmaxf(fmaxf(scores[t][0], scores[t][1]), fmaxf(scores[t][2], scores[t][3]));
+        outgrown |= top > kLazyMax || unseen[t][0] || unseen[t][1];
+      }
+      if (__any_sync(~0u, outgrown)) {
+#pragma unroll
+        for (int t = 0; t < NT; ++t)
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            float top = fmaxf(scores[t][k], scores[t][k + 2]);
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 4));
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 8));
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 16));
+            const bool nothing = top == -INFINITY;
+            float factor = 1.f;
+            if (unseen[t][k]) {
+              top = nothing ? 0.f : top;
+              unseen[t][k] = nothing;
+            } else {
+              top = fmaxf(top, 0.f);
+              factor = exp2_fast(-top);
+            }
+            shift[t][k] -= top;
+            scores[t][k] -= top;
+            scores[t][k + 2] -= top;
+            weight_sum[t][k] *= factor;
+            zero_sum[t][k] *= factor;
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+              out[t][i][k] *= factor;
+              out[t][i][k + 2] *= factor;
+            }
+          }
+      }
+#pragma unroll
+      for (int t = 0; t < NT; ++t) {
+        const float p0 = exp2_fast(scores[t][0]), p1 = exp2_fast(scores[t][1]);
+        const float p2 = exp2_fast(scores[t][2]), p3 = exp2_fast(scores[t][3]);
+        weight_sum[t][0] += p0 + p2;
+        weight_sum[t][1] += p1 + p3;
+        zero_sum[t][0] = fmaf(p2, value1.y, fmaf(p0, value0.y, zero_sum[t][0]));
+        zero_sum[t][1] = fmaf(p3, value1.y, fmaf(p1, value0.y, zero_sum[t][1]));
+        weights[t][0] = transpose8x8(pack_half2(p0 * value0.x, p1 * value0.x));
+        weights[t][1] = transpose8x8(pack_half2(p2 * value1.x, p3 * value1.x));
+      }
+    };
+
+    for (; u < item_end; ++u) {
+      mbarrier_wait(full + stage * 8, parity);
+      const uint8_t* const base = stages + stage * S::kStageBytes;
+      const Unit unit = units[stage];
+
+      if (unit.kind == kPage) {
+        if (warp * kWarpTokens < unit.count) {
+          rescale_out(true);
+          // The page's mean key is one more row of keys; every row of the fragment holds it, so every lane gets its sum.
+          float mean_score[NT][2] = {};
+          if (p.page_means) {
+            float c[NT][4] = {};
+#pragma unroll
+            for (int w = 0; w < W; ++w) {
+              const uint4 low = *reinterpret_cast<const uint4*>(base + S::kKeyMean + (16 * (W * j + w)) * 2);
+              const uint4 high = *reinterpret_cast<const uint4*>(base + S::kKeyMean + (16 * (W * j + w) + 8) * 2);
+#pragma unroll
+              for (int q = 0; q < 8; q += 2) {
+                // 4^shift takes back the queries' 4^-shift; 4^-4 keeps the product inside fp16.
+                const uint32_t a = multiply_half2(pair_halves<0>(word_of(low, q / 2), word_of(high, q / 2)),
+                                                  power4(shift_of(q)) / 256.f);
+                const uint32_t b = multiply_half2(pair_halves<1>(word_of(low, q / 2), word_of(high, q / 2)),
+                                                  power4(shift_of(q + 1)) / 256.f);
+#pragma unroll
+                for (int t = 0; t < NT; ++t) mma(c[t], a, a, b, b, query[t][w * 8 + q], query[t][w * 8 + q + 1]);
+              }
+            }
+#pragma unroll
+            for (int t = 0; t < NT; ++t) {
+              mean_score[t][0] = c[t][0] * (scale * 256.f);
+              mean_score[t][1] = c[t][1] * (scale * 256.f);
+            }
+          }
+          const uint8_t* const keys = base + (warp * kWarpTokens + row_token) * S::kCodeBytes + j * (4 * W);
+          auto code_scores = [&](int tile, float(&c)[NT][4]) {
+#pragma unroll
+            for (int t = 0; t < NT; ++t) c[t][0] = c[t][1] = c[t][2] = c[t][3] = 0.f;
+            uint32_t x[W], y[W];
+            const uint8_t* const at0 = keys + tile * S::kCodeBytes;
+            const uint8_t* const at8 = at0 + 8 * S::kCodeBytes;
+            if constexpr (W == 1) {
+              x[0] = *reinterpret_cast<const uint32_t*>(at0);
+              y[0] = *reinterpret_cast<const uint32_t*>(at8);
+            } else if constexpr (W == 2) {
+              const uint2 a = *reinterpret_cast<const uint2*>(at0), b = *reinterpret_cast<const uint2*>(at8);
+              x[0] = a.x, x[1] = a.y, y[0] = b.x, y[1] = b.y;
+            } else {
+              const uint4 a = *reinterpret_cast<const uint4*>(at0), b = *reinterpret_cast<const uint4*>(at8);
+#pragma unroll
+              for (int w = 0; w < W; ++w) x[w] = word_of(a, w), y[w] = word_of(b, w);
+            }
+#pragma unroll
+            for (int w = 0; w < W; ++w) {
+              const uint32_t x10 = x[w] >> 10, y10 = y[w] >> 10;
+#pragma unroll
+              for (int q = 0; q < 8; q += 2)
+#pragma unroll
+                for (int t = 0; t < NT; ++t)
+                  mma(c[t], codes_at(x[w], x10, q), codes_at(y[w], y10, q), codes_at(x[w], x10, q + 1),
+                      codes_at(y[w], y10, q + 1), query[t][w * 8 + q], query[t][w * 8 + q + 1]);
+            }
+          };
+          // Scores of the tokens at `token` and `token` + 8 of the page -> weights.
+          auto page_softmax = [&](int token, float(&c)[NT][4], uint32_t(&weights)[NT][2]) {
+            const float2 key0 = unpack_half2(*reinterpret_cast<const uint32_t*>(base + S::kKeyScales + token * 4));
+            const float2 key1 = unpack_half2(*reinterpret_cast<const uint32_t*>(base + S::kKeyScales + token * 4 + 32));
+            float2 value0 = unpack_half2(*reinterpret_cast<const uint32_t*>(base + S::kValueScales + token * 4));
+            float2 value1 = unpack_half2(*reinterpret_cast<const uint32_t*>(base + S::kValueScales + token * 4 + 32));
+            const float scale0 = key0.x * (scale * kCodeUnit), scale1 = key1.x * (scale * kCodeUnit);
+            float scores[NT][4];
+#pragma unroll
+            for (int t = 0; t < NT; ++t)
+#pragma unroll
+              for (int k = 0; k < 2; ++k) {
+                const float offset = shift[t][k] + mean_score[t][k];
+                scores[t][k] = fmaf(scale0, c[t][k], fmaf(key0.y, query_sum[t][k], offset));
+                scores[t][k + 2] = fmaf(scale1, c[t][k + 2], fmaf(key1.y, query_sum[t][k], offset));
+              }
+            if (unit.count < kPageTokens || unit.mask) {
+              const bool has_block = unit.mask >> (token >> 4) & 1;
+              auto dead = [&](int x) {
+                const int position = unit.first + x;
+                return x >= unit.count || (has_block && (position < r.sink_end || position >= r.recent_begin));
+              };
+              if (dead(token)) {
+#pragma unroll
+                for (int t = 0; t < NT; ++t) scores[t][0] = scores[t][1] = -INFINITY;
+                value0 = make_float2(0.f, 0.f);  // what nobody wrote may be NaN
+              }
+              if (dead(token + 8)) {
+#pragma unroll
+                for (int t = 0; t < NT; ++t) scores[t][2] = scores[t][3] = -INFINITY;
+                value1 = make_float2(0.f, 0.f);
+              }
+            }
+            softmax(scores, value0, value1, weights);
+          };
+          auto add_values = [&](int tile, const uint32_t(&weights)[NT][2]) {
+            constexpr int kSets = D == 256 ? 2 : 1;
+            uint32_t v[4][kSets];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const uint8_t* const from =
+                  base + S::kValueCodes + (warp * kWarpTokens + tile + j + 4 * i) * S::kCodeBytes;
+              if constexpr (D == 256) {
+                const uint2 both = *reinterpret_cast<const uint2*>(from + 8 * g);
+                v[i][0] = both.x, v[i][kSets - 1] = both.y;
+              } else {
+                v[i][0] = *reinterpret_cast<const uint32_t*>(from + 4 * (D == 64 ? g & 3 : g));
+              }
+            }
+#pragma unroll
+            for (int set = 0; set < kSets; ++set) {
+              uint32_t low0 = pair_halves<0>(v[0][set], v[1][set]), high0 = pair_halves<1>(v[0][set], v[1][set]);
+              uint32_t low1 = pair_halves<0>(v[2][set], v[3][set]), high1 = pair_halves<1>(v[2][set], v[3][set]);
+              if constexpr (D == 64) {  // four words a token: rows 4..7 of a tile are positions 4..7 of the same words
+                const int by = (g >> 2) * 8;
+                low0 >>= by, high0 >>= by, low1 >>= by, high1 >>= by;
+              }
+              const uint32_t low0s = low0 >> 10, high0s = high0 >> 10, low1s = low1 >> 10, high1s = high1 >> 10;
+#pragma unroll
+              for (int q = 0; q < kTiles / kSets; ++q)
+#pragma unroll
+                for (int t = 0; t < NT; ++t)
+                  mma(out[t][set * 8 + q], codes_at(low0, low0s, q), codes_at(high0, high0s, q),
+                      codes_at(low1, low1s, q), codes_at(high1, high1s, q), weights[t][0], weights[t][1]);
+            }
+          };
+          if constexpr (kPacked) {
+            float c[NT][4], c_high[NT][4];
+            uint32_t weights[NT][2];
+            code_scores(0, c);
+            code_scores(16, c_high);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) c[0][k] = low_columns ? c[0][k] : c_high[0][k];
+            page_softmax(warp * kWarpTokens + row_token + (low_columns ? 0 : 16), c, weights);
+            const uint32_t of_low[1][2] = {{weights[0][0] & first_half, weights[0][1] & first_half}};
+            const uint32_t of_high[1][2] = {{weights[0][0] & ~first_half, weights[0][1] & ~first_half}};
+            add_values(0, of_low);
+            add_values(16, of_high);
+          } else {
+#pragma unroll
+            for (int tile = 0; tile < kWarpTokens; tile += 16) {
+              float c[NT][4];
+              uint32_t weights[NT][2];
+              code_scores(tile, c);
+              page_softmax(warp * kWarpTokens + tile + row_token, c, weights);
+              add_values(tile, weights);
+            }
+          }
+        }
+      } else if (unit.kind != kSkip) {
+        // 16 rows in 16 bits are one warp's work; the warps take turns.
+        if (warp == (turn & (kWarps - 1))) {
+          rescale_out(false);
+          const bool is_new = unit.kind == kNew;
+          auto to_half = [&](uint32_t pair, float factor) {
+            if (!window_bf16) return factor == 1.f ? pair : multiply_half2(pair, factor);
+            return pack_half2(__uint_as_float(pair << 16) * factor, __uint_as_float(pair & 0xffff0000u) * factor);
+          };
+          float c[NT][4] = {};
+          const uint8_t* const key0 = base + row_token * S::kRowBytes + 32 * W * j;
+          const uint8_t* const key8 = key0 + 8 * S::kRowBytes;
+#pragma unroll
+          for (int w = 0; w < W; ++w) {
+            const uint4 low0 = *reinterpret_cast<const uint4*>(key0 + 32 * w);
+            const uint4 high0 = *reinterpret_cast<const uint4*>(key0 + 32 * w + 16);
+            const uint4 low8 = *reinterpret_cast<const uint4*>(key8 + 32 * w);
+            const uint4 high8 = *reinterpret_cast<const uint4*>(key8 + 32 * w + 16);
+#pragma unroll
+            for (int q = 0; q < 8; q += 2) {
+              const float f0 = power4(shift_of(q)) / 256.f, f1 = power4(shift_of(q + 1)) / 256.f;
+              const int i = q / 2;
+              const uint32_t a0 = to_half(pair_halves<0>(word_of(low0, i), word_of(high0, i)), f0);
+              const uint32_t a1 = to_half(pair_halves<0>(word_of(low8, i), word_of(high8, i)), f0);
+              const uint32_t a2 = to_half(pair_halves<1>(word_of(low0, i), word_of(high0, i)), f1);
+              const uint32_t a3 = to_half(pair_halves<1>(word_of(low8, i), word_of(high8, i)), f1);
+#pragma unroll
+              for (int t = 0; t < NT; ++t) mma(c[t], a0, a1, a2, a3, query[t][w * 8 + q], query[t][w * 8 + q + 1]);
+            }
+          }
+          auto is_read = [&](int token) { return token >= unit.first && token < unit.count; };
+          const bool live0 = is_read(row_token), live8 = is_read(row_token + 8);
+          float scores[NT][4];
+          uint32_t weights[NT][2];
+#pragma unroll
+          for (int t = 0; t < NT; ++t)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              // New tokens see themselves and those before; the second copy of packed rows has nothing to add.
+              const int query_token = (first_row + 8 * t + 2 * j + k) / group;
+              const bool column = !kPacked || low_columns;
+              const bool ok0 = column && live0 && (!is_new || row_token <= query_token);
+              const bool ok8 = column && live8 && (!is_new || row_token + 8 <= query_token);
+              scores[t][k] = ok0 ? fmaf(c[t][k], scale * 256.f, shift[t][k]) : -INFINITY;
+              scores[t][k + 2] = ok8 ? fmaf(c[t][k + 2], scale * 256.f, shift[t][k]) : -INFINITY;
+            }
+          const float2 exact = make_float2(1.f, 0.f);
+          softmax(scores, exact, exact, weights);
+          // Rows that are not read may hold anything, NaN included: a weight of zero does not silence NaN.
+          const uint32_t keep0 = (is_read(j) ? 0xffffu : 0u) | (is_read(j + 4) ? 0xffff0000u : 0u);
+          const uint32_t keep8 = (is_read(j + 8) ? 0xffffu : 0u) | (is_read(j + 12) ? 0xffff0000u : 0u);
+          constexpr int kSets = D == 256 ? 2 : 1, kPositions = kTiles / kSets;
+#pragma unroll
+          for (int set = 0; set < kSets; ++set) {
+            // Channels of this lane's accumulator rows: kPositions consecutive ones, and the same 8 further on.
+            const int channel = D == 64 ? 16 * (g & 3) + 4 * (g >> 2) : D == 128 ? 16 * g : 16 * (2 * g + set);
+            uint32_t v[4][2][kPositions / 2];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+              for (int high = 0; high < 2; ++high) {
+                const uint8_t* const from = base + (j + 4 * i) * S::kRowBytes + (D + channel + 8 * high) * 2;
+                if constexpr (kPositions == 4) {
+                  const uint2 x = *reinterpret_cast<const uint2*>(from);
+                  v[i][high][0] = x.x, v[i][high][1] = x.y;
+                } else {
+                  const uint4 x = *reinterpret_cast<const uint4*>(from);
+#pragma unroll
+                  for (int word = 0; word < kPositions / 2; ++word) v[i][high][word] = word_of(x, word);
+                }
+              }
+#pragma unroll
+            for (int q = 0; q < kPositions; ++q) {
+              auto operand = [&](int i, int high, uint32_t keep) {
+                const uint32_t x = v[i][high][q / 2], y = v[i + 1][high][q / 2];
+                return to_half((q & 1 ? pair_halves<1>(x, y) : pair_halves<0>(x, y)) & keep, 1.f);
+              };
+              const uint32_t a0 = operand(0, 0, keep0), a1 = operand(0, 1, keep0);
+              const uint32_t a2 = operand(2, 0, keep8), a3 = operand(2, 1, keep8);
+#pragma unroll
+              for (int t = 0; t < NT; ++t) mma(out[t][set * 8 + q], a0, a1, a2, a3, weights[t][0], weights[t][1]);
+            }
+          }
+        }
+        ++turn;
+      }
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(empty + stage * 8);
+      if (++stage == kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+
+    // ---- end of the item, or of this CTA's part of it: merge the warps, write the partial result ----
+    rescale_out(true);
+#pragma unroll
+    for (int t = 0; t < NT; ++t)
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+#pragma unroll
+        for (int step = 4; step < 32; step <<= 1) {
+          weight_sum[t][k] += __shfl_xor_sync(~0u, weight_sum[t][k], step);
+          zero_sum[t][k] += __shfl_xor_sync(~0u, zero_sum[t][k], step);
+        }
+        if (g == 0) max_buffer[warp * kColumns + 8 * t + 2 * j + k] = unseen[t][k] ? -INFINITY : -shift[t][k];
+      }
+    compute_barrier();
+#pragma unroll
+    for (int t = 0; t < NT; ++t)
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int column = 8 * t + 2 * j + k;
+        float top = -INFINITY;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          top = fmaxf(top, max_buffer[w * kColumns + column]);
+          if constexpr (kPacked) top = fmaxf(top, max_buffer[w * kColumns + (column ^ 4)]);
+        }
+        const float factor = unseen[t][k] ? 0.f : exp2_fast(-shift[t][k] - top);
+        if (g == 0) {
+          sum_buffer[warp * kColumns + column] = weight_sum[t][k] * factor;
+          zero_buffer[warp * kColumns + column] = zero_sum[t][k] * factor;
+        }
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+          const float f = factor * (kCodeUnit / power4(shift_of(S::position(i))));
+#pragma unroll
+          for (int high = 0; high < 2; ++high) {
+            float x = out[t][i][k + 2 * high] * f;
+            if constexpr (kPacked) x += __shfl_xor_sync(~0u, x, 2);
+            if (!kPacked || low_columns)
+              out_buffer[(warp * kRows + (kPacked ? column & 3 : column)) * kOutStride + i * 16 + high * 8 + g] = x;
+          }
+        }
+      }
+    compute_barrier();
+    // Slots: an item's partial results lie at (CTA + item), which no two (CTA, item) pairs share.
+    const int64_t item = static_cast<int64_t>(at.b) * shape.segments + at.segment;
+    const int64_t slots = gridDim.x + static_cast<int64_t>(p.num_reqs) * shape.segments;
+    float* const sums = static_cast<float*>(p.workspace) + (cta + item) * (kRows * D);
+    float2* const states = reinterpret_cast<float2*>(static_cast<float*>(p.workspace) + slots * (kRows * D)) +
+                           (cta + item) * kRows;
+    for (int i = threadIdx.x; i < rows * D; i += kComputeThreads) {
+      const int row = i / D, x = S::accumulator_of(i % D);
+      float value = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        value += out_buffer[(w * kRows + row) * kOutStride + x] + zero_buffer[w * kColumns + row];
+        if constexpr (kPacked) value += zero_buffer[w * kColumns + row + 4];
+      }
+      sums[i] = value;
+    }
+    if (static_cast<int>(threadIdx.x) < rows) {
+      const int row = threadIdx.x;
+      float top = -INFINITY, sum = 0.f;
+      for (int w = 0; w < kWarps; ++w) {
+        top = fmaxf(top, max_buffer[w * kColumns + row]);
+        sum += sum_buffer[w * kColumns + row];
+        if constexpr (kPacked) {
+          top = fmaxf(top, max_buffer[w * kColumns + row + 4]);
+          sum += sum_buffer[w * kColumns + row + 4];
+        }
+      }
+      states[row] = make_float2(top, sum);
+    }
+    compute_barrier();
+
+    at.unit = 0;
+    ++at.segment;
+    if (u < u_end)
+      while (at.segment == shape.segments || load_request(shape, at.b).units() == 0) at = {at.b + 1, 0, 0};
+  }
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// ---- combine ---------------------------------------------------------------------------------------------------
+
+// One CTA an item: merge its partial results, divide by the sum of the weights, rotate back, write.
+template <int D, int kRows>
+__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const DecodeParams p, int num_ctas, int num_sms,
+                                                                  int row_tiles) {
+  constexpr int kRowWarps = kRows < 4 ? 4 : kRows;       // warps 0..kRows-1 take a row each, further ones split it
+  constexpr int kSplits = kCombineThreads / 32 / kRowWarps;
+  constexpr int kVector = D / 32;                        // channels of a lane
+  constexpr int kPairs = D / 2, kParts = kCombineThreads / kPairs, kPartChannels = D / kParts;
+  __shared__ float merged[kSplits][kRows][D];
+  __shared__ float weight[kSplits][kRows];
+  __shared__ float rotated[kParts][4][D];
+
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int group = p.num_heads / p.num_kv_heads;
+  const bool windows = p.window_cache != nullptr;
+  const WorkShape shape{p.query_start_loc, p.seq_lens, p.num_reqs, p.max_query_len, windows ? p.sink_tokens : 0,
+                        windows ? p.recent_tokens : 0, row_tiles * p.num_kv_heads};
+  const int b = blockIdx.x / shape.segments, segment = blockIdx.x % shape.segments;
+  const int head = segment % p.num_kv_heads, first_row = segment / p.num_kv_heads * kRows;
+  const Request r = load_request(shape, b);
+  const int rows = min(r.num_new * group - first_row, kRows);
+  const auto* rotation = static_cast<const __half*>(p.v_unrotation);
+  if (rotation != nullptr) {
+    rotation += static_cast<int64_t>(head) * D * D;
+    // Into the L2 while the decode kernel still runs.
+    for (int line = threadIdx.x; line < D * D / 64; line += kCombineThreads)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(rotation + line * 64));
+  }
+  int before = 0, all = 0;
+  for (int i = lane; i < p.num_reqs; i += 32) {
+    const int units = load_request(shape, i).units();
+    all += units;
+    before += i < b ? units : 0;
+  }
+  const int total = __reduce_add_sync(~0u, all) * shape.segments;
+  const int first = __reduce_add_sync(~0u, before) * shape.segments + segment * r.units();
+  const int64_t token0 = __ldg(p.query_start_loc + b);
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (rows <= 0) return;
+
+  const int active = active_ctas(total, num_ctas, num_sms);
+  const int cta_begin = cta_of_unit(first, total, active), cta_end = cta_of_unit(first + r.units() - 1, total, active);
+  const int64_t item = static_cast<int64_t>(b) * shape.segments + segment;
+  const int64_t slots = num_ctas + static_cast<int64_t>(p.num_reqs) * shape.segments;
+  const float* const sums = static_cast<const float*>(p.workspace) + item * (kRows * D);
+  const float2* const states =
+      reinterpret_cast<const float2*>(static_cast<const float*>(p.workspace) + slots * (kRows * D)) + item * kRows;
+
+  {
+    const int row = warp % kRowWarps, split = warp / kRowWarps;
+    if (row < rows) {
+      float top = -INFINITY;
+      for (int c = cta_begin + lane; c <= cta_end; c += 32) top = fmaxf(top, states[c * kRows + row].x);
+#pragma unroll
+      for (int step = 16; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+      float value[kVector] = {};
+      float sum = 0.f;
+#pragma unroll 4
+      for (int c = cta_begin + split; c <= cta_end; c += kSplits) {
+        const float2 state = states[c * kRows + row];
+        const float factor = state.x == -INFINITY ? 0.f : exp2_fast(state.x - top);
+        const float* const from = sums + static_cast<int64_t>(c) * (kRows * D) + row * D + lane * kVector;
+        sum += state.y * factor;
+        if constexpr (kVector == 2) {
+          const float2 x = *reinterpret_cast<const float2*>(from);
+          value[0] += x.x * factor, value[1] += x.y * factor;
+        } else {
+#pragma unroll
+          for (int k = 0; k < kVector; k += 4) {
+            const float4 x = *reinterpret_cast<const float4*>(from + k);
+            value[k] += x.x * factor, value[k + 1] += x.y * factor;
+            value[k + 2] += x.z * factor, value[k + 3] += x.w * factor;
+          }
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) merged[split][row][lane * kVector + k] = value[k];
+      if (lane == 0) weight[split][row] = sum;
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < rows * D; i += kCombineThreads) {
+    const int row = i / D, d = i % D;
+    float value = 0.f, sum = 0.f;
+#pragma unroll
+    for (int s = 0; s < kSplits; ++s) value += merged[s][row][d], sum += weight[s][row];
+    merged[0][row][d] = sum > 0.f ? value / sum : 0.f;
+  }
+  __syncthreads();
+
+  auto store = [&](int row, int d, float x, float y) {
+    const int full_row = first_row + row;
+    const int64_t at = (token0 + full_row / group) * p.out_token_stride +
+                       static_cast<int64_t>(head * group + full_row % group) * p.out_head_stride + d;
+    if (p.out_dtype == DType::kBFloat16) {
+      *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.out) + at) = __floats2bfloat162_rn(x, y);
+    } else {
+      *reinterpret_cast<uint32_t*>(static_cast<__half*>(p.out) + at) = pack_half2(x, y);
+    }
+  };
+  if (rotation == nullptr) {
+    for (int i = threadIdx.x; i < rows * kPairs; i += kCombineThreads) {
+      const int row = i / kPairs, d = 2 * (i % kPairs);
+      store(row, d, merged[0][row][d], merged[0][row][d + 1]);
+    }
+    return;
+  }
+  // out[d] = sum over e of value[e] * rotation[e][d]: a thread has two d and a part of the e.
+  const int pair = threadIdx.x % kPairs, part = threadIdx.x / kPairs;
+  const __half2* const column = reinterpret_cast<const __half2*>(rotation) + pair;
+  for (int base = 0; base < rows; base += 4) {
+    float2 acc[4] = {};
+#pragma unroll 8
+    for (int i = 0; i < kPartChannels; ++i) {
+      const int e = part * kPartChannels + i;
+      const float2 m = __half22float2(column[e * kPairs]);
+#pragma unroll
+      for (int row = 0; row < 4; ++row) {
+        if (kRows >= 4 || row < kRows) {
+          const float x = merged[0][base + row][e];  // rows beyond `rows` are computed on stale data and not written
+          acc[row].x = fmaf(x, m.x, acc[row].x);
+          acc[row].y = fmaf(x, m.y, acc[row].y);
+        }
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < 4; ++row) {
+      rotated[part][row][2 * pair] = acc[row].x;
+      rotated[part][row][2 * pair + 1] = acc[row].y;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < min(rows - base, 4) * kPairs; i += kCombineThreads) {
+      const int row = i / kPairs, d = 2 * (i % kPairs);
+      float x = 0.f, y = 0.f;
+#pragma unroll
+      for (int s = 0; s < kParts; ++s) x += rotated[s][row][d], y += rotated[s][row][d + 1];
+      store(base + row, d, x, y);
+    }
+    __syncthreads();
+  }
+}
+
+// ---- host ------------------------------------------------------------------------------------------------------
+
+template <int D, int NT, bool kPacked>
+struct Launch {
+  static constexpr int kRows = kPacked ? 4 : 8 * NT;
+  static constexpr int kStages = 3;
+  static constexpr int kCtasPerSm = D * NT <= 128 ? 3 : 2;
+  static constexpr int kSharedBytes = kStages * (Shape<D>::kStageBytes + static_cast<int>(sizeof(Unit)) + 16) +
+                                      kWarps * (kRows * (D + 8) + 3 * 8 * NT) * 4;
+
+  static cudaError_t run(const DecodeParams& p, int num_sms, cudaStream_t stream) {
+    const int group = p.num_heads / p.num_kv_heads;
+    const int row_tiles = (group * p.max_query_len + kRows - 1) / kRows;
+    const int ctas = num_sms * kCtasPerSm < kMaxCtas ? num_sms * kCtasPerSm : kMaxCtas;
+    auto kernel = decode_kernel<D, NT, kPacked, kStages, kCtasPerSm>;
+    // Idempotent, and cheap beside the launch; remembered per device by the driver.
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (error != cudaSuccess) return error;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+    if (error != cudaSuccess) return error;
+    kernel<<<ctas, kThreads, kSharedBytes, stream>>>(p, num_sms, row_tiles);
+    error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(p.num_reqs * row_tiles * p.num_kv_heads);
+    config.blockDim = dim3(kCombineThreads);
+    config.stream = stream;
+    cudaLaunchAttribute attribute[1];
+    // The combine kernel starts, prefetches and waits while the decode kernel ends.
+    attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute[0].val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, combine_kernel<D, kRows>, p, ctas, num_sms, row_tiles);
+  }
+};
+
+// Explicitly instantiated in decode_sm90_d<D>.cu, so that head sizes compile side by side.
+template <int D>
+cudaError_t launch_head_dim(const DecodeParams& p, int num_sms, cudaStream_t stream) {
+  const int rows = p.num_heads / p.num_kv_heads * p.max_query_len;
+  if (rows <= 4) return Launch<D, 1, true>::run(p, num_sms, stream);
+  if constexpr (D <= 128) {
+    if (rows > 8) return Launch<D, 2, false>::run(p, num_sms, stream);
+  }
+  return Launch<D, 1, false>::run(p, num_sms, stream);
+}
+
+extern template cudaError_t launch_head_dim<64>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch_head_dim<128>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch_head_dim<256>(const DecodeParams&, int, cudaStream_t);
+
+}  // namespace sm90
+}  // namespace vllm_kvcompress

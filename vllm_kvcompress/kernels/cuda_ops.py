@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the CUDA extension (csrc/): `torch.ops.vllm_kvcompress.decode` and what belongs to it.
+
+    decode(q, new_kv, pages, window_cache?, block_table, window_table?, query_start_loc, seq_lens, v_unrotation?,
+           out (written), workspace (written), max_query_len, head_dim, page_means, window_is_bf16, sink_tokens,
+           recent_tokens, scale) -> ()
+    decode_workspace_elements(num_kv_heads, group, head_dim, max_num_reqs, max_query_len) -> int
+    cuda_versions() -> (int, int)
+
+The ops exist once `load` has returned None. csrc/decode.h has shapes and dtypes; the ops check them.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).resolve().parents[1] / "_C.so"
+MIN_TORCH = (2, 11)
+CAPABILITY = (9, 0)
+HEAD_DIMS = (64, 128, 256)
+
+_loaded = False
+
+
+@functools.cache
+def is_available(device: torch.device) -> tuple[bool, str]:
+    """Whether the CUDA ops run on a device, and why not, or what they were built with. Initialises CUDA."""
+    if device.type != "cuda":
+        return False, f"it is written for NVIDIA GPUs, the device is {device.type}"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return False, f"torch {torch.__version__} finds no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != CAPABILITY:
+        name, wanted, found = torch.cuda.get_device_name(device), _dotted(CAPABILITY), _dotted(capability)
+        return False, f"it is written for compute capability {wanted} (H100, H200), {name} has {found}"
+    reason = load()
+    if reason is not None:
+        return False, reason
+    runtime, driver = torch.ops.vllm_kvcompress.cuda_versions()
+    if driver // 1000 < runtime // 1000:
+        return False, (
+            f"it was built with CUDA {_cuda(runtime)}, the driver serves CUDA {_cuda(driver)}: "
+            "update the driver, or build with an older toolkit (CUDA_HOME)"
+        )
+    return True, f"built with CUDA {_cuda(runtime)} for compute capability {_dotted(CAPABILITY)}"
+
+
+def load(library: Path | None = None) -> str | None:
+    """Load the extension into torch, once per process, and register what its ops do on fake tensors.
+
+    Args:
+        library: the shared library; default: the one of this installation.
+
+    Returns:
+        None if its ops can be called, else why they cannot.
+    """
+    global _loaded
+    if _loaded:
+        return None
+    library = library or LIBRARY
+    if torch.torch_version.TorchVersion(torch.__version__) < MIN_TORCH:
+        return f"it needs torch >= {_dotted(MIN_TORCH)}, this is {torch.__version__}"
+    if not library.is_file():
+        return (
+            "it is not compiled in this installation; install from source with VLLM_KVCOMPRESS_BUILD_CUDA=1, "
+            "which says what is missing"
+        )
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library} does not load: {error.__cause__ or error}"
+    torch.library.register_fake("vllm_kvcompress::decode", _decode_fake)
+    _loaded = True
+    return None
+
+
+def _decode_fake(*args: object) -> None:
+    """The op writes `out` and `workspace` and returns nothing, so there is no shape to tell."""
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def _cuda(version: int) -> str:
+    """13.0 of 13000."""
+    return f"{version // 1000}.{version % 1000 // 10}"
