@@ -27,12 +27,13 @@ const char* launch_decode(const DecodeParams& p, cudaStream_t stream) {
 }
 
 long long decode_workspace_elements(int num_kv_heads, int group, int head_dim, int max_num_reqs, int max_query_len) {
-  // Rows are padded to whole tiles of 4, 8 or 16; a partial result is head_dim sums, a maximum and a weight a row.
+  // Rows are padded to whole tiles of 4, 8 or 16; a partial result is head_dim sums, a maximum and a weight a row, and
+  // each item has a span of two integers.
   const long long rows = static_cast<long long>(group) * max_query_len;
   const int tile = rows <= 4 ? 4 : rows <= 8 || head_dim > 128 ? 8 : 16;
   const long long tiles = (rows + tile - 1) / tile;
-  const long long slots = sm90::kMaxCtas + static_cast<long long>(max_num_reqs) * num_kv_heads * tiles;
-  return slots * tile * (head_dim + 2);
+  const long long items = static_cast<long long>(max_num_reqs) * num_kv_heads * tiles;
+  return (sm90::kMaxCtas + items) * tile * (head_dim + 2) + 2 * items;
 }
 
 }  // namespace vllm_kvcompress

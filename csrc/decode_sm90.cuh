@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "decode.h"
 
@@ -24,7 +25,6 @@ constexpr int kWarpTokens = kPageTokens / kWarps;   // tokens of a page one warp
 constexpr int kBlockTokens = 16;                    // tokens of a window block
 constexpr int kMaxNewTokens = 8;
 constexpr int kMaxCtas = 512;                       // bound on the grid, for sizing the workspace
-constexpr int kCombineThreads = 512;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLazyMax = 4.f;                     // scores may exceed the running maximum by this many powers of 2
 constexpr float kCodeUnit = 16777216.f;             // 2^24: the bits of a code, read as fp16, are code * 2^-24
@@ -93,6 +93,20 @@ __device__ __forceinline__ uint32_t pair_halves(uint32_t x, uint32_t y) {
   return __byte_perm(x, y, half ? 0x7632 : 0x5410);
 }
 __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+template <int N>
+__device__ __forceinline__ void load_words(uint32_t (&x)[N], const uint8_t* from) {
+  if constexpr (N == 1) {
+    x[0] = *reinterpret_cast<const uint32_t*>(from);
+  } else if constexpr (N == 2) {
+    const uint2 v = *reinterpret_cast<const uint2*>(from);
+    x[0] = v.x, x[1] = v.y;
+  } else {
+    static_assert(N == 4);
+    const uint4 v = *reinterpret_cast<const uint4*>(from);
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+  }
+}
 
 // ---- codes as fp16 subnormals ----------------------------------------------------------------------------------
 
@@ -184,9 +198,21 @@ __device__ __forceinline__ int active_ctas(int total, int num_ctas, int num_sms)
 __device__ __forceinline__ int first_unit(int cta, int total, int active) {
   return static_cast<int>(static_cast<int64_t>(total) * cta / active);
 }
-__device__ __forceinline__ int cta_of_unit(int unit, int total, int active) {
-  return static_cast<int>((static_cast<int64_t>(unit + 1) * active - 1) / total);
-}
+
+// Where partial results lie. Slot s: kRows x D sums of weighted values, kRows (maximum, sum of weights).
+template <int kRows, int D>
+struct Workspace {
+  float* sums;
+  float2* states;
+  int2* spans;  // an item's first and last CTA
+
+  __device__ Workspace(const DecodeParams& p, int num_ctas, int segments) {
+    const int64_t slots = num_ctas + static_cast<int64_t>(p.num_reqs) * segments;
+    sums = static_cast<float*>(p.workspace);
+    states = reinterpret_cast<float2*>(sums + slots * (kRows * D));
+    spans = reinterpret_cast<int2*>(states + slots * kRows);
+  }
+};
 
 // A place in the work list: request b, item `segment` of it, unit `unit` of the item.
 struct Cursor {
@@ -218,6 +244,21 @@ __device__ __forceinline__ Cursor find_unit(const WorkShape& s, int u) {
   }
 }
 
+// The tables and queries of the whole step into the L2, by all CTAs together: the lengths, the tables and the pages are
+// otherwise three latencies in a row.
+__device__ __forceinline__ void prefetch_tables(const DecodeParams& p) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t table_lines = (p.num_reqs * p.block_table_stride * 4 + 127) / 128;
+  const int64_t query_lines = (p.num_tokens * p.q_token_stride * 2 + 127) / 128;
+  const char* line = nullptr;
+  if (index < table_lines) {
+    line = reinterpret_cast<const char*>(p.block_table) + index * 128;
+  } else if (index - table_lines < query_lines) {
+    line = static_cast<const char*>(p.q) + (index - table_lines) * 128;
+  }
+  if (line != nullptr) asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+}
+
 // ---- what the loader tells the compute warps about a stage -----------------------------------------------------
 
 enum UnitKind : int { kSkip = 0, kPage = 1, kBlock = 2, kNew = 3 };
@@ -232,8 +273,8 @@ struct Unit {
 // ---- decode ----------------------------------------------------------------------------------------------------
 
 // kColumns / 8 query tiles of 8 rows. kPacked: at most 4 rows, laid twice side by side so that one score fragment
-// serves 32 tokens.
-template <int D, int NT, bool kPacked, int kStages, int kCtasPerSm>
+// serves 32 tokens. kMeans: pages have a mean key.
+template <int D, int NT, bool kPacked, bool kMeans, int kStages, int kCtasPerSm>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const DecodeParams p, int num_sms, int row_tiles) {
   using S = Shape<D>;
   constexpr int W = S::kKeyWords;
@@ -254,6 +295,12 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
   const uint32_t full = shared_address(barriers), empty = shared_address(barriers + kStages);
 
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  prefetch_tables(p);
+  const int group = p.num_heads / p.num_kv_heads;
+  const bool windows = p.window_cache != nullptr;
+  const WorkShape shape{p.query_start_loc, p.seq_lens, p.num_reqs, p.max_query_len, windows ? p.sink_tokens : 0,
+                        windows ? p.recent_tokens : 0, row_tiles * p.num_kv_heads};
+  const int total = count_units(shape);
   if (threadIdx.x < kStages) {
     mbarrier_init(full + threadIdx.x * 8, 1);
     mbarrier_init(empty + threadIdx.x * 8, kWarps);
@@ -262,11 +309,6 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
   }
   __syncthreads();
 
-  const int group = p.num_heads / p.num_kv_heads;
-  const bool windows = p.window_cache != nullptr;
-  const WorkShape shape{p.query_start_loc, p.seq_lens, p.num_reqs, p.max_query_len, windows ? p.sink_tokens : 0,
-                        windows ? p.recent_tokens : 0, row_tiles * p.num_kv_heads};
-  const int total = count_units(shape);
   const int active = active_ctas(total, gridDim.x, num_sms);
   const int cta = blockIdx.x;
   if (cta >= active) return;
@@ -389,6 +431,12 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
         while (at.segment == shape.segments || load_request(shape, at.b).units() == 0) at = {at.b + 1, 0, 0};
       }
     }
+    // The last pages are on their way: now the rotation, which the combine kernel waits for, into the L2.
+    if (p.v_unrotation != nullptr) {
+      const int lines = p.num_kv_heads * D * D / 64;
+      for (int line = lane * active + cta; line < lines; line += 32 * active)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(p.v_unrotation) + line * 128));
+    }
     return;
   }
 
@@ -410,7 +458,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
     const int first_row = row_tile * kRows;
     const int rows = min(r.num_new * group - first_row, kRows);
     const int64_t token0 = __ldg(p.query_start_loc + at.b);
-    const int item_end = min(u_end, u + r.units() - at.unit);
+    const int item_begin = u, item_end = min(u_end, u + r.units() - at.unit);
 
     // Query fragments: position q's channels are divided by 4^shift, which masking multiplies the codes with.
     uint32_t query[NT][8 * W];
@@ -534,58 +582,54 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
       if (unit.kind == kPage) {
         if (warp * kWarpTokens < unit.count) {
           rescale_out(true);
-          // The page's mean key is one more row of keys; every row of the fragment holds it, so every lane gets its sum.
-          float mean_score[NT][2] = {};
-          if (p.page_means) {
-            float c[NT][4] = {};
+          // The page's mean key is one more row of keys; every row of its fragment holds it, so every lane gets its sum.
+          float mean_score[NT][4] = {};
+          auto add_mean = [&](int w, int q) {
+            // Read anew for each q: the compiler keeps what it has registers for.
+            const uint8_t* const from = base + S::kKeyMean + 32 * (W * j + w) + 4 * (q / 2);
+            const uint32_t low = *reinterpret_cast<const uint32_t*>(from);
+            const uint32_t high = *reinterpret_cast<const uint32_t*>(from + 16);
+            // 4^shift takes back the queries' 4^-shift; 4^-4 keeps the product inside fp16.
+            const uint32_t x = multiply_half2(pair_halves<0>(low, high), power4(shift_of(q)) / 256.f);
+            const uint32_t y = multiply_half2(pair_halves<1>(low, high), power4(shift_of(q + 1)) / 256.f);
+#pragma unroll
+            for (int t = 0; t < NT; ++t) mma(mean_score[t], x, x, y, y, query[t][w * 8 + q], query[t][w * 8 + q + 1]);
+          };
+          const uint8_t* const keys = base + (warp * kWarpTokens + row_token) * S::kCodeBytes + j * (4 * W);
+          // Raw scores of kCount tiles of 16 tokens, and of the mean: independent chains of products, taken in turns so
+          // that one's latency hides behind the others.
+          auto code_scores = [&](auto count, int first_tile, bool with_mean, float(*c)[NT][4]) {
+            constexpr int kCount = decltype(count)::value;
+            uint32_t x[kCount][W], y[kCount][W];
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+              for (int t = 0; t < NT; ++t) c[i][t][0] = c[i][t][1] = c[i][t][2] = c[i][t][3] = 0.f;
+              const uint8_t* const from = keys + (first_tile + 16 * i) * S::kCodeBytes;
+              load_words<W>(x[i], from);
+              load_words<W>(y[i], from + 8 * S::kCodeBytes);
+            }
 #pragma unroll
             for (int w = 0; w < W; ++w) {
-              const uint4 low = *reinterpret_cast<const uint4*>(base + S::kKeyMean + (16 * (W * j + w)) * 2);
-              const uint4 high = *reinterpret_cast<const uint4*>(base + S::kKeyMean + (16 * (W * j + w) + 8) * 2);
 #pragma unroll
               for (int q = 0; q < 8; q += 2) {
-                // 4^shift takes back the queries' 4^-shift; 4^-4 keeps the product inside fp16.
-                const uint32_t a = multiply_half2(pair_halves<0>(word_of(low, q / 2), word_of(high, q / 2)),
-                                                  power4(shift_of(q)) / 256.f);
-                const uint32_t b = multiply_half2(pair_halves<1>(word_of(low, q / 2), word_of(high, q / 2)),
-                                                  power4(shift_of(q + 1)) / 256.f);
 #pragma unroll
-                for (int t = 0; t < NT; ++t) mma(c[t], a, a, b, b, query[t][w * 8 + q], query[t][w * 8 + q + 1]);
+                for (int i = 0; i < kCount; ++i) {
+                  const uint32_t x10 = x[i][w] >> 10, y10 = y[i][w] >> 10;
+#pragma unroll
+                  for (int t = 0; t < NT; ++t)
+                    mma(c[i][t], codes_at(x[i][w], x10, q), codes_at(y[i][w], y10, q), codes_at(x[i][w], x10, q + 1),
+                        codes_at(y[i][w], y10, q + 1), query[t][w * 8 + q], query[t][w * 8 + q + 1]);
+                }
+                if (kMeans && with_mean) add_mean(w, q);
               }
             }
+            if (kMeans && with_mean) {
 #pragma unroll
-            for (int t = 0; t < NT; ++t) {
-              mean_score[t][0] = c[t][0] * (scale * 256.f);
-              mean_score[t][1] = c[t][1] * (scale * 256.f);
-            }
-          }
-          const uint8_t* const keys = base + (warp * kWarpTokens + row_token) * S::kCodeBytes + j * (4 * W);
-          auto code_scores = [&](int tile, float(&c)[NT][4]) {
-#pragma unroll
-            for (int t = 0; t < NT; ++t) c[t][0] = c[t][1] = c[t][2] = c[t][3] = 0.f;
-            uint32_t x[W], y[W];
-            const uint8_t* const at0 = keys + tile * S::kCodeBytes;
-            const uint8_t* const at8 = at0 + 8 * S::kCodeBytes;
-            if constexpr (W == 1) {
-              x[0] = *reinterpret_cast<const uint32_t*>(at0);
-              y[0] = *reinterpret_cast<const uint32_t*>(at8);
-            } else if constexpr (W == 2) {
-              const uint2 a = *reinterpret_cast<const uint2*>(at0), b = *reinterpret_cast<const uint2*>(at8);
-              x[0] = a.x, x[1] = a.y, y[0] = b.x, y[1] = b.y;
-            } else {
-              const uint4 a = *reinterpret_cast<const uint4*>(at0), b = *reinterpret_cast<const uint4*>(at8);
-#pragma unroll
-              for (int w = 0; w < W; ++w) x[w] = word_of(a, w), y[w] = word_of(b, w);
-            }
-#pragma unroll
-            for (int w = 0; w < W; ++w) {
-              const uint32_t x10 = x[w] >> 10, y10 = y[w] >> 10;
-#pragma unroll
-              for (int q = 0; q < 8; q += 2)
-#pragma unroll
-                for (int t = 0; t < NT; ++t)
-                  mma(c[t], codes_at(x[w], x10, q), codes_at(y[w], y10, q), codes_at(x[w], x10, q + 1),
-                      codes_at(y[w], y10, q + 1), query[t][w * 8 + q], query[t][w * 8 + q + 1]);
+              for (int t = 0; t < NT; ++t) {
+                mean_score[t][0] *= scale * 256.f;
+                mean_score[t][1] *= scale * 256.f;
+              }
             }
           };
           // Scores of the tokens at `token` and `token` + 8 of the page -> weights.
@@ -655,13 +699,12 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
             }
           };
           if constexpr (kPacked) {
-            float c[NT][4], c_high[NT][4];
+            float c[2][NT][4];
             uint32_t weights[NT][2];
-            code_scores(0, c);
-            code_scores(16, c_high);
+            code_scores(std::integral_constant<int, 2>(), 0, true, c);
 #pragma unroll
-            for (int k = 0; k < 4; ++k) c[0][k] = low_columns ? c[0][k] : c_high[0][k];
-            page_softmax(warp * kWarpTokens + row_token + (low_columns ? 0 : 16), c, weights);
+            for (int k = 0; k < 4; ++k) c[0][0][k] = low_columns ? c[0][0][k] : c[1][0][k];
+            page_softmax(warp * kWarpTokens + row_token + (low_columns ? 0 : 16), c[0], weights);
             const uint32_t of_low[1][2] = {{weights[0][0] & first_half, weights[0][1] & first_half}};
             const uint32_t of_high[1][2] = {{weights[0][0] & ~first_half, weights[0][1] & ~first_half}};
             add_values(0, of_low);
@@ -669,10 +712,10 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
           } else {
 #pragma unroll
             for (int tile = 0; tile < kWarpTokens; tile += 16) {
-              float c[NT][4];
+              float c[1][NT][4];
               uint32_t weights[NT][2];
-              code_scores(tile, c);
-              page_softmax(warp * kWarpTokens + tile + row_token, c, weights);
+              code_scores(std::integral_constant<int, 1>(), tile, tile == 0, c);
+              page_softmax(warp * kWarpTokens + tile + row_token, c[0], weights);
               add_values(tile, weights);
             }
           }
@@ -816,10 +859,13 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
     compute_barrier();
     // Slots: an item's partial results lie at (CTA + item), which no two (CTA, item) pairs share.
     const int64_t item = static_cast<int64_t>(at.b) * shape.segments + at.segment;
-    const int64_t slots = gridDim.x + static_cast<int64_t>(p.num_reqs) * shape.segments;
-    float* const sums = static_cast<float*>(p.workspace) + (cta + item) * (kRows * D);
-    float2* const states = reinterpret_cast<float2*>(static_cast<float*>(p.workspace) + slots * (kRows * D)) +
-                           (cta + item) * kRows;
+    const Workspace<kRows, D> workspace(p, gridDim.x, shape.segments);
+    float* const sums = workspace.sums + (cta + item) * (kRows * D);
+    float2* const states = workspace.states + (cta + item) * kRows;
+    if (threadIdx.x == 0) {
+      if (at.unit == 0) workspace.spans[item].x = cta;
+      if (at.unit + (u - item_begin) == r.units()) workspace.spans[item].y = cta;
+    }
     for (int i = threadIdx.x; i < rows * D; i += kComputeThreads) {
       const int row = i / D, x = S::accumulator_of(i % D);
       float value = 0.f;
@@ -855,143 +901,156 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
 
 // ---- combine ---------------------------------------------------------------------------------------------------
 
-// One CTA an item: merge its partial results, divide by the sum of the weights, rotate back, write.
+template <int N>
+__device__ __forceinline__ void load_vector(float (&x)[N], const float* from) {
+  if constexpr (N == 2) {
+    const float2 v = *reinterpret_cast<const float2*>(from);
+    x[0] = v.x, x[1] = v.y;
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; k += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(from + k);
+      x[k] = v.x, x[k + 1] = v.y, x[k + 2] = v.z, x[k + 3] = v.w;
+    }
+  }
+}
+
+template <int D>
+constexpr int kCombineThreads = D > 128 ? 512 : 256;
+
+// One CTA an item, grid (KV heads, row tiles, requests): merge its partial results, rotate back, divide by the sum of
+// the weights, write.
 template <int D, int kRows>
-__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const DecodeParams p, int num_ctas, int num_sms,
-                                                                  int row_tiles) {
-  constexpr int kRowWarps = kRows < 4 ? 4 : kRows;       // warps 0..kRows-1 take a row each, further ones split it
-  constexpr int kSplits = kCombineThreads / 32 / kRowWarps;
-  constexpr int kVector = D / 32;                        // channels of a lane
-  constexpr int kPairs = D / 2, kParts = kCombineThreads / kPairs, kPartChannels = D / kParts;
-  __shared__ float merged[kSplits][kRows][D];
+__global__ void __launch_bounds__(kCombineThreads<D>) combine_kernel(const DecodeParams p, int num_ctas) {
+  constexpr int kThreads = kCombineThreads<D>, kWarps = kThreads / 32;
+  constexpr int kRowWarps = kRows < kWarps ? kRows : kWarps;  // warps take a row each; where there are more, they share
+  constexpr int kSplits = kWarps / kRowWarps;
+  constexpr int kVector = D / 32;             // channels of a lane
+  constexpr int kRound = D > 128 ? 3 : 9;     // partial results a lane loads at a time
+  constexpr int kPairs = D / 2, kParts = kThreads / kPairs, kPartChannels = D / kParts;
+  __shared__ __align__(16) float merged[kSplits][kRows][D];
   __shared__ float weight[kSplits][kRows];
-  __shared__ float rotated[kParts][4][D];
+  __shared__ float2 rotated[kParts][4][kPairs];
 
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int head = blockIdx.x, b = blockIdx.z;
   const int group = p.num_heads / p.num_kv_heads;
-  const bool windows = p.window_cache != nullptr;
-  const WorkShape shape{p.query_start_loc, p.seq_lens, p.num_reqs, p.max_query_len, windows ? p.sink_tokens : 0,
-                        windows ? p.recent_tokens : 0, row_tiles * p.num_kv_heads};
-  const int b = blockIdx.x / shape.segments, segment = blockIdx.x % shape.segments;
-  const int head = segment % p.num_kv_heads, first_row = segment / p.num_kv_heads * kRows;
-  const Request r = load_request(shape, b);
-  const int rows = min(r.num_new * group - first_row, kRows);
-  const auto* rotation = static_cast<const __half*>(p.v_unrotation);
-  if (rotation != nullptr) {
-    rotation += static_cast<int64_t>(head) * D * D;
-    // Into the L2 while the decode kernel still runs.
-    for (int line = threadIdx.x; line < D * D / 64; line += kCombineThreads)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(rotation + line * 64));
+  const int first_row = blockIdx.y * kRows;
+  // out[d] = sum over e of value[e] * rotation[e][d]: a thread has two d and a part of the e. Its share of the rotation
+  // is loaded while the decode kernel still runs.
+  const int pair = threadIdx.x % kPairs, part = threadIdx.x / kPairs;
+  uint32_t matrix[kPartChannels];
+  if (p.v_unrotation != nullptr) {
+    const auto* column = static_cast<const uint32_t*>(p.v_unrotation) +
+                         (static_cast<int64_t>(head) * D + part * kPartChannels) * kPairs + pair;
+#pragma unroll
+    for (int i = 0; i < kPartChannels; ++i) matrix[i] = __ldg(column + i * kPairs);
   }
-  int before = 0, all = 0;
-  for (int i = lane; i < p.num_reqs; i += 32) {
-    const int units = load_request(shape, i).units();
-    all += units;
-    before += i < b ? units : 0;
-  }
-  const int total = __reduce_add_sync(~0u, all) * shape.segments;
-  const int first = __reduce_add_sync(~0u, before) * shape.segments + segment * r.units();
-  const int64_t token0 = __ldg(p.query_start_loc + b);
+  const int token0 = __ldg(p.query_start_loc + b);
+  const int num_new = min(__ldg(p.query_start_loc + b + 1) - token0, p.max_query_len);
+  const int rows = min(num_new * group - first_row, kRows);
   asm volatile("griddepcontrol.wait;" ::: "memory");
   if (rows <= 0) return;
 
-  const int active = active_ctas(total, num_ctas, num_sms);
-  const int cta_begin = cta_of_unit(first, total, active), cta_end = cta_of_unit(first + r.units() - 1, total, active);
-  const int64_t item = static_cast<int64_t>(b) * shape.segments + segment;
-  const int64_t slots = num_ctas + static_cast<int64_t>(p.num_reqs) * shape.segments;
-  const float* const sums = static_cast<const float*>(p.workspace) + item * (kRows * D);
-  const float2* const states =
-      reinterpret_cast<const float2*>(static_cast<const float*>(p.workspace) + slots * (kRows * D)) + item * kRows;
+  const int segments = gridDim.x * gridDim.y;
+  const int64_t item = static_cast<int64_t>(b) * segments + blockIdx.y * gridDim.x + head;
+  const Workspace<kRows, D> workspace(p, num_ctas, segments);
+  const float* const sums = workspace.sums + item * (kRows * D);
+  const float2* const states = workspace.states + item * kRows;
+  const int2 span = workspace.spans[item];
 
-  {
-    const int row = warp % kRowWarps, split = warp / kRowWarps;
-    if (row < rows) {
-      float top = -INFINITY;
-      for (int c = cta_begin + lane; c <= cta_end; c += 32) top = fmaxf(top, states[c * kRows + row].x);
+  for (int row = warp % kRowWarps; row < rows; row += kRowWarps) {
+    const int split = warp / kRowWarps;
+    float top = -INFINITY;
+    for (int c = span.x + lane; c <= span.y; c += 32) top = fmaxf(top, states[c * kRows + row].x);
+    float value[kVector] = {};
+    float sum = 0.f;
+    // All loads of a round are in flight together, and those of the first while `top` is reduced.
+    for (int base = span.x + split; base <= span.y; base += kSplits * kRound) {
+      float x[kRound][kVector] = {};
+      float2 state[kRound];
 #pragma unroll
-      for (int step = 16; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-      float value[kVector] = {};
-      float sum = 0.f;
-#pragma unroll 4
-      for (int c = cta_begin + split; c <= cta_end; c += kSplits) {
-        const float2 state = states[c * kRows + row];
-        const float factor = state.x == -INFINITY ? 0.f : exp2_fast(state.x - top);
-        const float* const from = sums + static_cast<int64_t>(c) * (kRows * D) + row * D + lane * kVector;
-        sum += state.y * factor;
-        if constexpr (kVector == 2) {
-          const float2 x = *reinterpret_cast<const float2*>(from);
-          value[0] += x.x * factor, value[1] += x.y * factor;
-        } else {
-#pragma unroll
-          for (int k = 0; k < kVector; k += 4) {
-            const float4 x = *reinterpret_cast<const float4*>(from + k);
-            value[k] += x.x * factor, value[k + 1] += x.y * factor;
-            value[k + 2] += x.z * factor, value[k + 3] += x.w * factor;
-          }
+      for (int i = 0; i < kRound; ++i) {
+        const int c = base + i * kSplits;
+        state[i] = make_float2(-INFINITY, 0.f);
+        if (c <= span.y) {
+          load_vector<kVector>(x[i], sums + static_cast<int64_t>(c) * (kRows * D) + row * D + lane * kVector);
+          state[i] = states[c * kRows + row];
         }
       }
+      if (base == span.x + split) {
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) merged[split][row][lane * kVector + k] = value[k];
-      if (lane == 0) weight[split][row] = sum;
+        for (int step = 16; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+      }
+#pragma unroll
+      for (int i = 0; i < kRound; ++i) {
+        const float factor = state[i].x == -INFINITY ? 0.f : exp2_fast(state[i].x - top);
+        sum += state[i].y * factor;
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) value[k] += x[i][k] * factor;
+      }
     }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < rows * D; i += kCombineThreads) {
-    const int row = i / D, d = i % D;
-    float value = 0.f, sum = 0.f;
 #pragma unroll
-    for (int s = 0; s < kSplits; ++s) value += merged[s][row][d], sum += weight[s][row];
-    merged[0][row][d] = sum > 0.f ? value / sum : 0.f;
+    for (int k = 0; k < kVector; ++k) merged[split][row][lane * kVector + k] = value[k];
+    if (lane == 0) weight[split][row] = sum;
   }
   __syncthreads();
 
   auto store = [&](int row, int d, float x, float y) {
+    float sum = 0.f;
+#pragma unroll
+    for (int s = 0; s < kSplits; ++s) sum += weight[s][row];
+    const float factor = sum > 0.f ? 1.f / sum : 0.f;
     const int full_row = first_row + row;
     const int64_t at = (token0 + full_row / group) * p.out_token_stride +
-                       static_cast<int64_t>(head * group + full_row % group) * p.out_head_stride + d;
+                       (head * group + full_row % group) * p.out_head_stride + d;
     if (p.out_dtype == DType::kBFloat16) {
-      *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.out) + at) = __floats2bfloat162_rn(x, y);
+      *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.out) + at) =
+          __floats2bfloat162_rn(x * factor, y * factor);
     } else {
-      *reinterpret_cast<uint32_t*>(static_cast<__half*>(p.out) + at) = pack_half2(x, y);
+      *reinterpret_cast<uint32_t*>(static_cast<__half*>(p.out) + at) = pack_half2(x * factor, y * factor);
     }
   };
-  if (rotation == nullptr) {
-    for (int i = threadIdx.x; i < rows * kPairs; i += kCombineThreads) {
-      const int row = i / kPairs, d = 2 * (i % kPairs);
-      store(row, d, merged[0][row][d], merged[0][row][d + 1]);
-    }
-    return;
-  }
-  // out[d] = sum over e of value[e] * rotation[e][d]: a thread has two d and a part of the e.
-  const int pair = threadIdx.x % kPairs, part = threadIdx.x / kPairs;
-  const __half2* const column = reinterpret_cast<const __half2*>(rotation) + pair;
-  for (int base = 0; base < rows; base += 4) {
-    float2 acc[4] = {};
-#pragma unroll 8
-    for (int i = 0; i < kPartChannels; ++i) {
-      const int e = part * kPartChannels + i;
-      const float2 m = __half22float2(column[e * kPairs]);
-#pragma unroll
-      for (int row = 0; row < 4; ++row) {
-        if (kRows >= 4 || row < kRows) {
-          const float x = merged[0][base + row][e];  // rows beyond `rows` are computed on stale data and not written
-          acc[row].x = fmaf(x, m.x, acc[row].x);
-          acc[row].y = fmaf(x, m.y, acc[row].y);
-        }
-      }
-    }
-#pragma unroll
-    for (int row = 0; row < 4; ++row) {
-      rotated[part][row][2 * pair] = acc[row].x;
-      rotated[part][row][2 * pair + 1] = acc[row].y;
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < min(rows - base, 4) * kPairs; i += kCombineThreads) {
+  if (p.v_unrotation == nullptr) {
+    for (int i = threadIdx.x; i < rows * kPairs; i += kThreads) {
       const int row = i / kPairs, d = 2 * (i % kPairs);
       float x = 0.f, y = 0.f;
 #pragma unroll
-      for (int s = 0; s < kParts; ++s) x += rotated[s][row][d], y += rotated[s][row][d + 1];
-      store(base + row, d, x, y);
+      for (int s = 0; s < kSplits; ++s) x += merged[s][row][d], y += merged[s][row][d + 1];
+      store(row, d, x, y);
+    }
+    return;
+  }
+  for (int base = 0; base < rows; base += 4) {
+    float2 acc[4] = {};
+#pragma unroll
+    for (int i = 0; i < kPartChannels; i += 4) {
+#pragma unroll
+      for (int row = 0; row < 4; ++row) {  // those beyond `rows` hold stale numbers and are not written
+        float4 x = *reinterpret_cast<const float4*>(&merged[0][base + row][part * kPartChannels + i]);
+#pragma unroll
+        for (int s = 1; s < kSplits; ++s) {
+          const float4 more = *reinterpret_cast<const float4*>(&merged[s][base + row][part * kPartChannels + i]);
+          x.x += more.x, x.y += more.y, x.z += more.z, x.w += more.w;
+        }
+        const float2 m0 = unpack_half2(matrix[i]), m1 = unpack_half2(matrix[i + 1]);
+        const float2 m2 = unpack_half2(matrix[i + 2]), m3 = unpack_half2(matrix[i + 3]);
+        acc[row].x = fmaf(x.x, m0.x, fmaf(x.y, m1.x, fmaf(x.z, m2.x, fmaf(x.w, m3.x, acc[row].x))));
+        acc[row].y = fmaf(x.x, m0.y, fmaf(x.y, m1.y, fmaf(x.z, m2.y, fmaf(x.w, m3.y, acc[row].y))));
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < 4; ++row) rotated[part][row][pair] = acc[row];
+    __syncthreads();
+    for (int i = threadIdx.x; i < min(rows - base, 4) * kPairs; i += kThreads) {
+      const int row = i / kPairs;
+      float x = 0.f, y = 0.f;
+#pragma unroll
+      for (int s = 0; s < kParts; ++s) {
+        const float2 v = rotated[s][row][i % kPairs];
+        x += v.x, y += v.y;
+      }
+      store(base + row, 2 * (i % kPairs), x, y);
     }
     __syncthreads();
   }
@@ -1007,31 +1066,39 @@ struct Launch {
   static constexpr int kSharedBytes = kStages * (Shape<D>::kStageBytes + static_cast<int>(sizeof(Unit)) + 16) +
                                       kWarps * (kRows * (D + 8) + 3 * 8 * NT) * 4;
 
+  template <bool kMeans>
   static cudaError_t run(const DecodeParams& p, int num_sms, cudaStream_t stream) {
     const int group = p.num_heads / p.num_kv_heads;
     const int row_tiles = (group * p.max_query_len + kRows - 1) / kRows;
     const int ctas = num_sms * kCtasPerSm < kMaxCtas ? num_sms * kCtasPerSm : kMaxCtas;
-    auto kernel = decode_kernel<D, NT, kPacked, kStages, kCtasPerSm>;
-    // Idempotent, and cheap beside the launch; remembered per device by the driver.
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    auto decode = decode_kernel<D, NT, kPacked, kMeans, kStages, kCtasPerSm>;
+    auto combine = combine_kernel<D, kRows>;
+    // Idempotent, and cheap beside the launch. Both kernels ask for the same split of L1 and shared memory: changing
+    // it between them would drain the multiprocessors.
+    cudaError_t error = cudaFuncSetAttribute(decode, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (error != cudaSuccess) return error;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+    error = cudaFuncSetAttribute(decode, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
     if (error != cudaSuccess) return error;
-    kernel<<<ctas, kThreads, kSharedBytes, stream>>>(p, num_sms, row_tiles);
+    error = cudaFuncSetAttribute(combine, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+    if (error != cudaSuccess) return error;
+    decode<<<ctas, kThreads, kSharedBytes, stream>>>(p, num_sms, row_tiles);
     error = cudaGetLastError();
     if (error != cudaSuccess) return error;
 
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(p.num_reqs * row_tiles * p.num_kv_heads);
-    config.blockDim = dim3(kCombineThreads);
+    config.gridDim = dim3(p.num_kv_heads, row_tiles, p.num_reqs);
+    config.blockDim = dim3(kCombineThreads<D>);
     config.stream = stream;
     cudaLaunchAttribute attribute[1];
-    // The combine kernel starts, prefetches and waits while the decode kernel ends.
+    // The combine kernel starts, loads the rotation and waits while the decode kernel ends.
     attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute[0].val.programmaticStreamSerializationAllowed = 1;
     config.attrs = attribute;
     config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, combine_kernel<D, kRows>, p, ctas, num_sms, row_tiles);
+    return cudaLaunchKernelEx(&config, combine, p, ctas);
+  }
+  static cudaError_t run(const DecodeParams& p, int num_sms, cudaStream_t stream) {
+    return p.page_means ? run<true>(p, num_sms, stream) : run<false>(p, num_sms, stream);
   }
 };
 
