@@ -164,8 +164,8 @@ def extensions() -> list[Extension]:
     except Unavailable as reason:
         if BUILDING.intersection(sys.argv):
             print(
-                f"vllm-kvcompress: without the CUDA decode kernel ({reason}); for it, install once more where torch and "
-                f"a CUDA toolkit >= {dotted(MIN_NVCC)} are, with {SWITCH}=1",
+                f"vllm-kvcompress: without the CUDA decode kernel ({reason}); for it, install once more where "
+                f"torch and a CUDA toolkit >= {dotted(MIN_NVCC)} are, with {SWITCH}=1",
                 file=sys.stderr,
             )
         return []

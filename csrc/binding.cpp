@@ -86,12 +86,13 @@ void expect(const char* name, const Tensor& tensor, ScalarType dtype, const std:
     if (actual[i] <= 1) continue;  // its stride is never used
     if (i >= dims - contiguous) {
       if (strides[i] != packed)
-        fail(name, "'s last ", contiguous, " dimensions must be contiguous, got sizes ", list(actual), " with strides ",
-             list(strides));
+        fail("the last ", contiguous, " dimensions of ", name, " must be contiguous, got sizes ", list(actual),
+             " with strides ", list(strides));
       packed *= actual[i];
     } else if (strides[i] < packed || (aligned && strides[i] * element_bytes % kAlignment)) {
-      fail(name, "'s stride ", i, " must be at least ", packed, " and a multiple of ", kAlignment,
-           " bytes, got strides ", list(strides), " of ", element_bytes, " bytes");
+      fail("stride ", i, " of ", name, " must be at least ", packed, " elements",
+           aligned ? " and a multiple of 16 bytes" : "",
+           ", got strides ", list(strides), " of ", element_bytes, "-byte elements");
     }
   }
   if (aligned && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment)
@@ -100,7 +101,8 @@ void expect(const char* name, const Tensor& tensor, ScalarType dtype, const std:
 
 void expect_device(const char* name, const Tensor& tensor, const Tensor& q) {
   if (!tensor.is_cuda())
-    fail(name, " must be on a CUDA device of capability 9.0, it is on the ", tensor.is_cpu() ? "CPU" : "wrong device");
+    fail(name, " must be on a CUDA device of capability 9.0, it is on ",
+         tensor.is_cpu() ? "the CPU" : "another device");
   if (tensor.get_device_index() != q.get_device_index())
     fail(name, " is on cuda:", tensor.get_device_index(), ", q on cuda:", q.get_device_index());
 }
@@ -234,7 +236,7 @@ int64_t workspace_elements(int64_t num_kv_heads, int64_t group, int64_t head_dim
                                    narrow("max_query_len", max_query_len, 1));
 }
 
-// Of the CUDA runtime linked in and of the newest that the driver serves (0: no driver); 13000 is CUDA 13.0. The runtime
+// Of the CUDA runtime linked in and of the newest the driver serves (0: no driver); 13000 is CUDA 13.0. The runtime
 // needs a driver of its major version.
 std::tuple<int64_t, int64_t> cuda_versions() {
   int driver = 0;

