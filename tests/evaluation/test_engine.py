@@ -73,15 +73,24 @@ def test_an_engine_that_refuses_says_why(tmp_path, tiny_model, prompts):
         run_engine(broken, prompts, "oscar-int2", tmp_path / "0.log")
 
 
-def test_the_command(tmp_path, tiny_model, capsys):
+def evaluate(out, model, *arguments):
+    """eval.json of `kvcompress eval` for int2 on made-up text."""
     rng = np.random.default_rng(6)
-    data = tmp_path / "text.txt"
+    data = out.parent / "text.txt"
     data.write_text("\n".join(" ".join(f"w{word}" for word in rng.integers(0, 300, 12)) for _ in range(300)))
-    out = tmp_path / "out"
-    arguments = ["eval", str(tiny_model), "--formats", "int2", "--data", str(data), "--chunks", "2", "--context", "256"]
-    arguments += ["--sinks", "16", "--recent", "64", "--recall-depths", "2", "--recall-sentences", "1"]
-    assert main([*arguments, "--out", str(out)]) == 0
-    report = json.loads((out / "eval.json").read_text())
+    base = ["eval", str(model), "--formats", "int2", "--data", str(data), "--sinks", "16", "--recent", "64"]
+    assert main([*base, "--recall-sentences", "1", "--out", str(out), *arguments]) == 0
+    return json.loads((out / "eval.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one_context(tmp_path_factory, tiny_model):
+    out = tmp_path_factory.mktemp("one") / "out"
+    return evaluate(out, tiny_model, "--chunks", "2", "--context", "256", "--recall-depths", "2"), out
+
+
+def test_the_command(one_context):
+    report, out = one_context
     auto, int2 = report["formats"]
     assert report["settings"]["first_position"] == 80
     assert (auto["format"], int2["format"]) == ("auto", "int2")
@@ -92,9 +101,41 @@ def test_the_command(tmp_path, tiny_model, capsys):
     assert int2["engine"]["largest_step"] == 64
     assert [len(row["recall"]) for row in report["formats"]] == [2, 2]
     assert int2["additional_config"] == {"kvcompress": {"sink_tokens": 16, "recent_tokens": 64}}
-    printed = capsys.readouterr().out
-    assert "top-1 agreement" in printed
-    assert "int2" in printed
+    pytest.importorskip("matplotlib")
+    assert (out / "eval.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_contexts_share_an_engine(tmp_path, tiny_model, one_context, capsys):
+    """Each context has the figures it has alone, whatever the engine has read before."""
+    out = tmp_path / "out"
+    sizes = ["--context", "256,192", "--chunks", "2,3", "--recall-depths", "2,0"]
+    report = evaluate(out, tiny_model, *sizes)
+    assert [(row["context"], row["format"]) for row in report["formats"]] == [
+        (192, "auto"),
+        (192, "int2"),
+        (256, "auto"),
+        (256, "int2"),
+    ]
+    settings = report["settings"]
+    assert (settings["context"], settings["chunks"], settings["recall_depths"]) == ([192, 256], [3, 2], [0, 2])
+    assert settings["recall_sentences"] == [1, 1]
+    # One start a format.
+    assert sorted(file.name for file in (out / "logs").iterdir()) == ["0-auto.log", "1-int2.log"]
+    assert report["formats"][0]["engine"] == report["formats"][2]["engine"]
+    assert [row["text"]["positions"] for row in report["formats"]] == [3 * (191 - 80)] * 2 + [2 * (255 - 80)] * 2
+    assert [len(row["recall"]) for row in report["formats"]] == [0, 0, 2, 2]
+    for together, alone in zip(report["formats"][2:], one_context[0]["formats"], strict=True):
+        assert together["text"] == alone["text"]
+        assert together["recall"] == alone["recall"]
+    printed = capsys.readouterr()
+    assert [line.split()[:2] for line in printed.out.splitlines()[2:6]] == [
+        ["192", "auto"],
+        ["192", "int2"],
+        ["256", "auto"],
+        ["256", "int2"],
+    ]
+    # The bar counts the tokens fed: 3 x 191 and (2 chunks + 2 probes) x 255.
+    assert "1.59k/1.59k" in printed.err
     pytest.importorskip("matplotlib")
     assert (out / "eval.png").read_bytes().startswith(b"\x89PNG")
 
@@ -109,6 +150,12 @@ def test_the_command(tmp_path, tiny_model, capsys):
         (["--formats", "int9"], "unknown format 'int9'"),
         (["--feed", "0"], "--feed must be at least 1"),
         (["--max-model-len", "100"], "--max-model-len 100 is below --context"),
+        (["--context", "400,512,1024", "--chunks", "1"], "--context 1024 is beyond the model's limit of 512"),
+        (["--context", "330,400"], "--context 330 leaves too few positions past the windows"),
+        (["--context", "400,500", "--max-model-len", "400"], "--max-model-len 400 is below --context 500"),
+        (["--context", "440,500", "--chunks", "2,30"], "too little text for 30 chunks of 500 tokens"),
+        (["--context", "400,500", "--chunks", "2,0"], "--chunks must be at least 1, got 0"),
+        (["--context", "400,500", "--recall-depths", "1,2,3"], "--recall-depths has 3 numbers for the 2 of --context"),
         (["--sinks", "-1"], "sink_tokens"),
         (["--recent", "250"], "no room for the recall probe"),
     ],
@@ -120,6 +167,13 @@ def test_refusals(tmp_path, tiny_model, capsys, arguments, message):
     assert main([*base, "--out", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["", "1024,", "1K", "1024;2048"])
+def test_malformed_numbers(capsys, value):
+    with pytest.raises(SystemExit):
+        main(["eval", "model", "--data", "text.txt", "--context", value])
+    assert "argument --context: not a number or comma-separated numbers" in capsys.readouterr().err
 
 
 def test_a_missing_model(tmp_path, capsys):

@@ -17,6 +17,11 @@ positions. The engine under test, which holds the same output head, computes bot
 one number per position: KL(reference || format) over the whole vocabulary, in nats. Both go through the model's own
 `compute_logits`, by default with a float32 head, for bf16 logits (steps of 0.125 near 20) tie too often for argmax.
 
-Modules: `specs` what to run; `text`, `recall`, `prompts` what to feed; `launch` the process, `engine` and `recorder`
-the run inside it; `metrics` figures and intervals; `report` table, JSON and PNG; `command` the command line.
+**Several contexts, one engine.** An engine start takes longer than many prompts, so one engine a format reads the
+prompts of every context, one request at a time; its figures at one context are those of a run of that context alone.
+Chunks of one context are disjoint; those of different contexts are cut from the same text and overlap.
+
+Modules: `specs` what to run; `text`, `recall`, `prompts` what to feed and `plan` how much of it at each context;
+`launch` the process, `engine` and `recorder` the run inside it; `metrics` figures and intervals; `report` table, JSON
+and PNG; `command` the command line.
 """

@@ -4,12 +4,14 @@
 Every format runs in its own engine on the same tokens. Text is fed in steps of at most --feed tokens, so each
 prediction past the windows reads its history from the KV pages. `auto` always runs as the reference. Reported with 95 %
 intervals: perplexity and its ratio to auto, KL(auto || format) over the whole vocabulary, top-1 agreement; and verbatim
-recall of a sentence by depth.
+recall of a sentence by depth. Several contexts (--context 2048,8192,32768) are fed to one engine a format, and reported
+each. The chunks of one context never overlap; chunks of different contexts may share text.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -21,6 +23,7 @@ from vllm_kvcompress.errors import KVCompressError
 from vllm_kvcompress.evaluation import launch, recall, report, text
 from vllm_kvcompress.evaluation.engine import Job, engine_arguments
 from vllm_kvcompress.evaluation.metrics import text_figures
+from vllm_kvcompress.evaluation.plan import Plan, Sizes, pair_sizes
 from vllm_kvcompress.evaluation.prompts import Prompt
 from vllm_kvcompress.evaluation.specs import FormatSpec, parse_formats
 
@@ -46,8 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="FILE", help='text: .txt, or .jsonl with {"text": ...} lines')
     skip = "leave out this first part, e.g. what calibration has seen (default %(default)s)"
     parser.add_argument("--skip-fraction", type=float, default=0.6, metavar="F", help=skip)
-    parser.add_argument("--context", type=int, default=1024, help="tokens a chunk (default %(default)s)")
-    parser.add_argument("--chunks", type=int, default=8, help="chunks of text (default %(default)s)")
+    contexts = "tokens a chunk; several (2048,8192) are measured one after the other (default %(default)s)"
+    parser.add_argument("--context", type=_numbers, default="1024", metavar="N[,N...]", help=contexts)
+    each = "one number, or one for each context"
+    chunks = f"chunks of text: {each} (default %(default)s)"
+    parser.add_argument("--chunks", type=_numbers, default="8", metavar="N[,N...]", help=chunks)
     parser.add_argument(
         "--feed",
         type=int,
@@ -60,20 +66,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     windows.add_argument("--rotation", metavar="FILE", help="rotation file (default: where the engine looks)")
     windows.add_argument("--additional-config", type=_json_object, default={}, metavar="JSON", help="as vLLM's")
     probe = parser.add_argument_group("verbatim-quote recall probe")
-    probe.add_argument(
-        "--recall-depths", type=int, default=4, help="distances tried; 0 = no probe (default %(default)s)"
-    )
-    probe.add_argument("--recall-sentences", type=int, default=3, help="sentences a distance (default %(default)s)")
+    depths = f"distances tried, 0 = no probe: {each} (default %(default)s)"
+    probe.add_argument("--recall-depths", type=_numbers, default="4", metavar="N[,N...]", help=depths)
+    sentences = f"sentences a distance: {each} (default %(default)s)"
+    probe.add_argument("--recall-sentences", type=_numbers, default="3", metavar="N[,N...]", help=sentences)
     engine = parser.add_argument_group("engine")
     engine.add_argument("--dtype", default="auto", help="model dtype (default %(default)s)")
     head = "dtype of the logits; a quantised output head needs `model` (default %(default)s)"
     engine.add_argument("--head-dtype", choices=("float32", "model"), default="float32", help=head)
-    engine.add_argument("--max-model-len", type=int, help="default: --context")
-    engine.add_argument("--kv-bytes", type=int, help="bytes of KV cache (default: enough for one chunk)")
+    engine.add_argument("--max-model-len", type=int, help="default: the largest --context")
+    engine.add_argument("--kv-bytes", type=int, help="bytes of KV cache (default: enough for the largest chunk)")
     more = 'further keyword arguments of vllm.LLM, e.g. {"tensor_parallel_size": 2}'
     engine.add_argument("--engine-args", type=_json_object, default={}, metavar="JSON", help=more)
     parser.add_argument("--seed", type=int, default=0, help="of recall sentences and bootstrap (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("kvcompress-eval"), metavar="DIR", help="default: %(default)s")
+
+
+def _numbers(value: str) -> list[int]:
+    try:
+        return [int(number) for number in value.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not a number or comma-separated numbers: {value!r}") from None
 
 
 def _json_object(value: str) -> dict[str, Any]:
@@ -89,43 +102,38 @@ def _json_object(value: str) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Run the engines one after the other and report; 1 if any format failed."""
     _check_numbers(args)
+    sizes = pair_sizes(
+        args.context, chunks=args.chunks, recall_depths=args.recall_depths, recall_sentences=args.recall_sentences
+    )
+    largest = sizes[-1].context
+    if args.max_model_len is not None and args.max_model_len < largest:
+        raise KVCompressError(f"--max-model-len {args.max_model_len} is below --context {largest}")
     specs = parse_formats(args.formats, common=_common_settings(args), additional_config=args.additional_config)
     windows = {spec.label: spec.windows(args.model) for spec in specs}
     first_position = max(sinks + recent for sinks, recent in windows.values())
-    if args.context - 1 - first_position < _MIN_SCORED:
+    if sizes[0].context - 1 - first_position < _MIN_SCORED:
         raise KVCompressError(
-            f"--context {args.context} leaves too few positions past the windows of {first_position} tokens; raise "
+            f"--context {sizes[0].context} leaves too few positions past the windows of {first_position} tokens; raise "
             "--context or lower --sinks and --recent"
         )
     # Before anything slow: a missing file should not be found out after loading a tokenizer.
     source = text.read_text(args.data, args.skip_fraction)
     config, tokenizer = _load_model_files(args)
-    _check_limit(args, config)
-    chunks = text.cut_chunks(source, tokenizer, args.chunks, args.context)
-    prompts = [Prompt(tokens, first_position, args.context - 1) for tokens in chunks]
-    probes: list[recall.Probe] = []
-    if args.recall_depths:
-        probes = recall.build_probes(
-            tokenizer,
-            chunks[0],
-            context=args.context,
-            first_token=max(sinks for sinks, _ in windows.values()),
-            # A sentence that straddles the recent window would be read half exact.
-            min_depth=max(recent for _, recent in windows.values()) + args.feed,
-            depths=args.recall_depths,
-            sentences=args.recall_sentences,
-            seed=args.seed,
-        )
+    _check_limit(largest, config)
+    plans = [_plan(one, source, tokenizer, list(windows.values()), args) for one in sizes]
+    prompts = [prompt for plan in plans for prompt in plan.prompts]
     notes = _notes(args, specs, windows)
     settings = {
         **{name: value for name, value in vars(args).items() if name != "command"},
+        # By ascending context, one number each.
+        **{field.name: [getattr(one, field.name) for one in sizes] for field in dataclasses.fields(Sizes)},
         "first_position": first_position,
         "windows": windows,
         "kvcompress": version("vllm-kvcompress"),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     outcome = report.Report(settings, [], notes)
-    kv_bytes = args.kv_bytes or _kv_bytes(config, args.context)
+    kv_bytes = args.kv_bytes or _kv_bytes(config, largest)
     with tempfile.TemporaryDirectory(prefix="kvcompress-eval-") as scratch:
         reference: launch.Recorded | None = None
         for number, spec in enumerate(specs):
@@ -138,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
                     kv_cache_dtype=spec.kv_cache_dtype,
                     additional_config=spec.additional_config,
                     feed=args.feed,
-                    max_model_len=args.max_model_len or args.context,
+                    max_model_len=args.max_model_len or largest,
                     kv_bytes=kv_bytes,
                     dtype=args.dtype,
                     head_dtype=args.head_dtype,
@@ -148,14 +156,14 @@ def run(args: argparse.Namespace) -> int:
             )
             log_file = args.out / "logs" / f"{number}-{spec.kv_cache_dtype}.log"
             try:
-                recorded = launch.run_engine(job, [*prompts, *(p.prompt for p in probes)], spec.label, log_file)
+                recorded = launch.run_engine(job, prompts, spec.label, log_file)
             except launch.EngineFailure as failure:
                 if reference is None:
                     raise KVCompressError(f"the reference engine (auto) failed: {failure}") from None
-                outcome.rows.append(report.Row(spec, error=str(failure)))
+                outcome.rows.extend(report.Row(spec, plan.context, error=str(failure)) for plan in plans)
             else:
                 reference = reference or recorded
-                outcome.rows.append(_row(spec, recorded, reference, probes, args))
+                outcome.rows.extend(_rows(spec, recorded, reference, plans, args.seed))
             # Written after every format: an interrupted run keeps what it has.
             report.write_json(outcome, args.out / "eval.json")
     print(report.table(outcome))
@@ -168,23 +176,44 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(row.error for row in outcome.rows) else 0
 
 
-def _row(
-    spec: FormatSpec,
-    recorded: launch.Recorded,
-    reference: launch.Recorded,
-    probes: list[recall.Probe],
-    args: argparse.Namespace,
-) -> report.Row:
-    chunks = args.chunks
-    figures = text_figures(
-        recorded.logprob[:chunks],
-        reference.logprob[:chunks],
-        None if recorded.kl is None else recorded.kl[:chunks],
-        None if recorded.agree is None else recorded.agree[:chunks],
-        seed=args.seed,
-    )
-    curve = recall.recall_figures(probes, recorded.logprob[chunks:], recorded.top1[chunks:])
-    return report.Row(spec, figures, curve, recorded.summary)
+def _plan(sizes: Sizes, source: str, tokenizer: Any, windows: list[tuple[int, int]], args: argparse.Namespace) -> Plan:
+    chunks = text.cut_chunks(source, tokenizer, sizes.chunks, sizes.context)
+    first_position = max(sinks + recent for sinks, recent in windows)
+    probes: list[recall.Probe] = []
+    if sizes.recall_depths:
+        probes = recall.build_probes(
+            tokenizer,
+            chunks[0],
+            context=sizes.context,
+            first_token=max(sinks for sinks, _ in windows),
+            # A sentence that straddles the recent window would be read half exact.
+            min_depth=max(recent for _, recent in windows) + args.feed,
+            depths=sizes.recall_depths,
+            sentences=sizes.recall_sentences,
+            seed=args.seed,
+        )
+    return Plan(sizes.context, [Prompt(tokens, first_position, sizes.context - 1) for tokens in chunks], probes)
+
+
+def _rows(
+    spec: FormatSpec, recorded: launch.Recorded, reference: launch.Recorded, plans: list[Plan], seed: int
+) -> list[report.Row]:
+    rows = []
+    first = 0
+    for plan in plans:
+        chunks = slice(first, first + len(plan.text))
+        probes = slice(chunks.stop, chunks.stop + len(plan.probes))
+        first = probes.stop
+        figures = text_figures(
+            recorded.logprob[chunks],
+            reference.logprob[chunks],
+            None if recorded.kl is None else recorded.kl[chunks],
+            None if recorded.agree is None else recorded.agree[chunks],
+            seed=seed,
+        )
+        curve = recall.recall_figures(plan.probes, recorded.logprob[probes], recorded.top1[probes])
+        rows.append(report.Row(spec, plan.context, figures, curve, recorded.summary))
+    return rows
 
 
 def _common_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -196,11 +225,10 @@ def _common_settings(args: argparse.Namespace) -> dict[str, Any]:
 def _check_numbers(args: argparse.Namespace) -> None:
     least = {"context": 2, "chunks": 1, "feed": 1, "recall_depths": 0, "recall_sentences": 1, "seed": 0, "kv_bytes": 1}
     for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise KVCompressError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
-    if args.max_model_len is not None and args.max_model_len < args.context:
-        raise KVCompressError(f"--max-model-len {args.max_model_len} is below --context {args.context}")
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < low:
+                raise KVCompressError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
 
 
 def _load_model_files(args: argparse.Namespace) -> tuple[PretrainedConfig, Any]:
@@ -215,10 +243,10 @@ def _load_model_files(args: argparse.Namespace) -> tuple[PretrainedConfig, Any]:
     return config.get_text_config(), tokenizer
 
 
-def _check_limit(args: argparse.Namespace, config: PretrainedConfig) -> None:
+def _check_limit(context: int, config: PretrainedConfig) -> None:
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and args.context > limit:
-        raise KVCompressError(f"--context {args.context} is beyond the model's limit of {limit} tokens")
+    if limit is not None and context > limit:
+        raise KVCompressError(f"--context {context} is beyond the model's limit of {limit} tokens")
 
 
 def _kv_bytes(config: PretrainedConfig, context: int) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -58,7 +59,12 @@ def run_engine(job: Job, prompts: list[Prompt], label: str, log_file: Path) -> R
         **os.environ,
     }
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("wb") as log, tqdm(total=len(prompts), desc=label, unit="chunk", file=sys.stderr) as bar:
+    # Tokens, not prompts: those of different contexts take very different times.
+    fed = list(itertools.accumulate((len(prompt.fed) for prompt in prompts), initial=0))
+    with (
+        log_file.open("wb") as log,
+        tqdm(total=fed[-1], desc=label, unit="tok", unit_scale=True, file=sys.stderr) as bar,
+    ):
         bar.set_postfix_str("engine starts")
         process = subprocess.Popen(
             [sys.executable, "-m", "vllm_kvcompress.evaluation.engine", str(job_file)],
@@ -69,7 +75,7 @@ def run_engine(job: Job, prompts: list[Prompt], label: str, log_file: Path) -> R
         )
         try:
             while process.poll() is None:
-                _advance(bar, job)
+                _advance(bar, job, fed)
                 time.sleep(_POLL_SECONDS)
         finally:
             if process.poll() is None:  # interrupted
@@ -78,14 +84,14 @@ def run_engine(job: Job, prompts: list[Prompt], label: str, log_file: Path) -> R
                     process.wait(10)
                 except subprocess.TimeoutExpired:
                     process.kill()
-        _advance(bar, job)
+        _advance(bar, job, fed)
     if not (job.folder / "summary.json").exists():
         raise EngineFailure(_reason(job, process.returncode, log_file))
     return _collect(job, len(prompts))
 
 
-def _advance(bar: tqdm, job: Job) -> None:
-    done = job.progress_file.stat().st_size
+def _advance(bar: tqdm, job: Job, fed: list[int]) -> None:
+    done = fed[job.progress_file.stat().st_size]
     if done > bar.n:
         bar.set_postfix_str("", refresh=False)
         bar.update(done - bar.n)

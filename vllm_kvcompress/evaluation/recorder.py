@@ -3,6 +3,7 @@
 
 A forward hook on the model sees what each engine step fed and the final hidden states. It needs eager mode (a replayed
 CUDA graph calls no hook) and one request at a time (rows then map to positions without the model runner's books).
+Without data parallelism an eager step has no padding rows (0.32, 0.33: V1 and V2 runners).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from vllm_kvcompress.evaluation.metrics import Rows, score_rows
 
 
-class _Recording:
-    """Scores of one prompt, filled step by step."""
+class Recording:
+    """Scores of one prompt, filled step by step on the model's device: a step never waits for the device."""
 
     def __init__(self, tokens: torch.Tensor, start: int, stop: int, reference: torch.Tensor | None, feed: int) -> None:
         self.tokens = tokens  # [N + 1] int64: N tokens fed, the last only predicted
@@ -28,57 +29,49 @@ class _Recording:
         self.largest_step = 0
         self.rows: list[Rows] = []
         self.hidden: list[torch.Tensor] = []
+        # What the engine did feed, [2, N] int64 ids and positions: compared with `tokens` once, at the end.
+        self.seen = torch.full((2, len(tokens) - 1), -1, dtype=torch.int64, device=tokens.device)
 
     def record(self, model: Any, ids: torch.Tensor, positions: torch.Tensor, hidden: torch.Tensor) -> None:
         """One engine step. ids, positions: [T]; hidden: [T, D]; T may include padding rows at the end."""
-        if self.fed >= len(self.tokens) - 1:
+        # At most `feed` rows are the prompt's. If the engine fed fewer or more, the next step's positions tell.
+        count = min(len(ids), self.feed, len(self.tokens) - 1 - self.fed)
+        if count == 0:
             return  # The engine may run ahead by a step it throws away.
-        count = self._real_rows(ids.cpu(), positions.cpu())
         first, self.fed = self.fed, self.fed + count
         self.largest_step = max(self.largest_step, count)
+        self.seen[0, first : self.fed] = ids[:count]
+        self.seen[1, first : self.fed] = positions[:count]
         low, high = max(first, self.start), min(self.fed, self.stop)
         if low >= high:
             return
         mine = hidden[low - first : high - first]
-        targets = self.tokens[low + 1 : high + 1].to(hidden.device)
+        targets = self.tokens[low + 1 : high + 1]
         if self.reference is None:
-            self.hidden.append(mine.cpu())
+            # A copy: the engine may reuse the memory in its next step.
+            self.hidden.append(mine.clone())
             logits = model.compute_logits(mine)
             scored = None if logits is None else score_rows(logits, targets)
         else:
-            theirs = self.reference[low - self.start : high - self.start].to(mine)
+            theirs = self.reference[low - self.start : high - self.start].to(mine.dtype)
             # One call for both: a float32 head may convert its whole weight every time it is used.
             logits = model.compute_logits(torch.cat((mine, theirs)))
             scored = None if logits is None else score_rows(logits[: high - low], targets, logits[high - low :])
         if scored is not None:  # None on tensor-parallel ranks that do not gather logits
-            self.rows.append(
-                Rows(*(None if field is None else field.cpu() for field in vars(scored).values()))  # type: ignore[arg-type]
-            )
-
-    def _real_rows(self, ids: torch.Tensor, positions: torch.Tensor) -> int:
-        """Rows of this step that are ours: consecutive positions with our tokens, from where we stopped."""
-        count = min(len(ids), len(self.tokens) - 1 - self.fed)
-        expected = torch.arange(self.fed, self.fed + count)
-        same = (positions[:count] == expected) & (ids[:count] == self.tokens[expected])
-        count = int(same.long().cumprod(0).sum())
-        if count == 0:
-            raise RuntimeError(
-                f"evaluation: a step at position {int(positions[0])} does not continue the prompt at {self.fed} "
-                "(preempted, or another request in the batch?)"
-            )
-        if count > self.feed:
-            raise RuntimeError(f"evaluation: a step fed {count} tokens at once, more than --feed {self.feed}")
-        return count
+            self.rows.append(scored)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything recorded, by name, each over the scored rows."""
-        if self.fed != len(self.tokens) - 1:
-            raise RuntimeError(f"evaluation: the engine fed {self.fed} of {len(self.tokens) - 1} tokens")
-        named = {"hidden": torch.cat(self.hidden)} if self.hidden else {}
+        """Everything recorded, by name, each over the scored rows, on the CPU.
+
+        Raises:
+            RuntimeError: the engine fed something else than the prompt in steps of `feed`, or a figure is not finite.
+        """
+        self._check_fed()
+        named = {"hidden": torch.cat(self.hidden).cpu()} if self.hidden else {}
         for name in ("logprob", "top1", "kl", "agree"):
             parts = [getattr(rows, name) for rows in self.rows]
             if parts and parts[0] is not None:
-                named[name] = torch.cat(parts)
+                named[name] = torch.cat(parts).cpu()
         for name in ("logprob", "kl"):
             bad = torch.nonzero(~named[name].isfinite()) if name in named else torch.empty(0)
             if len(bad):
@@ -87,6 +80,18 @@ class _Recording:
                     f"the first at position {self.start + int(bad[0])}"
                 )
         return named
+
+    def _check_fed(self) -> None:
+        ids, positions = self.seen[:, : self.fed].cpu()
+        wrong = torch.nonzero((ids != self.tokens[: self.fed].cpu()) | (positions != torch.arange(self.fed)))
+        if len(wrong):
+            at = int(wrong[0])
+            raise RuntimeError(
+                f"evaluation: the engine fed position {int(positions[at])} where the prompt goes on at {at} (a step of "
+                f"more than --feed {self.feed} tokens, a preemption, or another request in the batch?)"
+            )
+        if self.fed != len(self.tokens) - 1:
+            raise RuntimeError(f"evaluation: the engine fed {self.fed} of {len(self.tokens) - 1} tokens")
 
 
 class EvaluationRecorder:
@@ -97,8 +102,9 @@ class EvaluationRecorder:
     ) -> None:
         """Record the next request, which feeds tokens[:-1]; rows start..stop are scored."""
         model: Any = self.get_model()  # type: ignore[attr-defined]
-        reference = None if reference_file is None else load_file(reference_file)["hidden"]
-        recording = _Recording(torch.tensor(tokens), start, stop, reference, feed)
+        device = next(model.parameters()).device
+        reference = None if reference_file is None else load_file(reference_file)["hidden"].to(device)
+        recording = Recording(torch.tensor(tokens, device=device), start, stop, reference, feed)
 
         def hook(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             named = dict(zip(("input_ids", "positions"), args, strict=False)) | kwargs
