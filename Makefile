@@ -7,13 +7,17 @@ FORMAT ?= oscar-int2
 MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
 PYTEST_FLAGS ?=
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-gpu lint format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvcompress demo $(MODEL_FLAG) --kv-cache-dtype $(FORMAT)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# Everything that runs on a GPU; elsewhere tests/gpu is skipped with the reason and the others are interpreted.
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -rs tests/gpu tests/triton_kernels tests/attention
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -24,10 +28,17 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# On a GPU: kernels, store, prefill and a whole engine, against vLLM's own. On a CPU: the engine.
 bench: $(VENV)/.dev
-	$(BIN)/python -c "from pathlib import Path; from vllm_kvcompress.demo.model import fetch_demo_model; fetch_demo_model(Path('.demo/smollm2-135m'))"
-	test -f .demo/smollm2-135m/kvcompress/rotation.safetensors || $(BIN)/kvcompress calibrate .demo/smollm2-135m
-	$(BIN)/python benchmarks/benchmark_engine_decode.py .demo/smollm2-135m
+	if nvidia-smi -L >/dev/null 2>&1; then \
+	  $(BIN)/python benchmarks/benchmark_decode.py --rotations --triton && $(BIN)/python benchmarks/benchmark_store.py && \
+	  $(BIN)/python benchmarks/benchmark_prefill.py && $(BIN)/python benchmarks/benchmark_engine.py; \
+	else \
+	  $(BIN)/python -c "from pathlib import Path; from vllm_kvcompress.demo.model import fetch_demo_model; fetch_demo_model(Path('.demo/smollm2-135m'))" && \
+	  { test -f .demo/smollm2-135m/kvcompress/rotation.safetensors || $(BIN)/kvcompress calibrate .demo/smollm2-135m; } && \
+	  $(BIN)/python benchmarks/benchmark_engine.py --model .demo/smollm2-135m --formats auto,oscar-int2,hadamard-int2 \
+	    --batches 4 --contexts 1024 --share 0 --rounds 3 --chunk 2048 --capacity-lengths 8192; \
+	fi
 
 clean:
 	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo model, downloaded, converted and calibrated once a machine: tests of quality need real weights."""
+"""What all tests share: Triton's interpreter where there is no GPU, and the demo model.
+
+The model is downloaded, converted and calibrated once a machine: tests of quality need real weights.
+"""
 
 import fcntl
 import os
@@ -8,6 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+if torch.cuda.device_count() == 0:
+    # Read while triton is imported, which vLLM does too: it must be set before any test module is.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_kvcompress import plugin, rotations
+from vllm_kvcompress import checks, plugin, rotations
 from vllm_kvcompress.rotations import LayerRotation, RotationMetadata, RotationSet
 
 LAYERS, HEADS, DIM = 2, 2, 64
+NGRAM = {"method": "ngram", "prompt_lookup_max": 2}
 
 
 def save_model(folder: Path, **changes) -> Path:
@@ -113,8 +114,6 @@ def test_order_of_search(model, tmp_path):
     assert resolve(configure(own)).rotation == cache
     beside = own / rotations.ROTATION_BESIDE_MODEL
     rotations.write_rotation(beside, found)
-    from vllm_kvcompress import checks
-
     checks._resolve.cache_clear()
     assert resolve(configure(own)).rotation == beside
     explicit = tmp_path / "explicit.safetensors"
@@ -206,12 +205,43 @@ def test_sliding_window(tmp_path):
     [
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
         ({"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config"),
+        ({"speculative_config": {**NGRAM, "num_speculative_tokens": 8}}, "at most 7"),
     ],
-    ids=["hybrid manager", "skip layers", "speculative"],
+    ids=["hybrid manager", "skip layers", "many drafts"],
 )
 def test_flag_pairs(model, arguments, word):
     refused(model, word, dtype="hadamard-int2", **arguments)
+
+
+def test_micro_batching(model):
+    config = configure(model, dtype="hadamard-int2")
+    config.parallel_config.enable_dbo = True
+    with pytest.raises(ValueError, match="--enable-dbo"):
+        checks.check_config(config)
+
+
+def test_drafts_need_no_cache_of_their_own(model):
+    """Drafts looked up in the prompt are served; those of a model, whose layers would need rotations, are refused."""
+    drafts = {**NGRAM, "num_speculative_tokens": 7}
+    config = configure(model, dtype="hadamard-int2", speculative_config=drafts)
+    assert config.speculative_config.num_speculative_tokens == 7
+    config.speculative_config.method = "draft_model"
+    with pytest.raises(ValueError, match=r"'draft_model'.*--speculative-config"):
+        checks.check_config(config)
+
+
+@pytest.mark.parametrize(
+    "kernels,word", [("cuda", "CUDA device"), ("triton", "CUDA device"), ("fast", "kernels='fast'")]
+)
+def test_kernels_that_cannot_run_here(model, monkeypatch, kernels, word):
+    """On the CPU; tests/kernels/test_selection.py has the other devices."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refused(model, word, dtype="hadamard-int2", settings={"kernels": kernels})
+
+
+def test_kernels_from_the_environment(model, monkeypatch):
+    monkeypatch.setenv("VLLM_KVCOMPRESS_KERNELS", "torch")
+    assert checks.kernel_path(configure(model, dtype="hadamard-int2")) == ("torch", "kernels=torch")
 
 
 def test_unknown_dtype_is_still_refused_by_vllm(model):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the page formats, installed as `vllm_kvcompress.triton_kernels`. None exist yet.
+"""Triton kernels of the page formats, installed as `vllm_kvcompress.triton_kernels`.
 
 The folder bears the name of another package: `triton_kernels`, which vLLM imports for its MoE layers, or replaces by a
 copy of its own where that import fails. Installed, the two cannot meet. But a Python started in the root of this source

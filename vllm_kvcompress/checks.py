@@ -7,13 +7,16 @@ import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from vllm_kvcompress import rotations
-from vllm_kvcompress.config import Settings, load_settings
+import torch
+
+from vllm_kvcompress import compat, rotations
+from vllm_kvcompress.config import KernelSetting, Settings, load_settings
 from vllm_kvcompress.errors import KVCompressError, UnsupportedModelError
 from vllm_kvcompress.formats import PageFormat, get_format, is_ours
 from vllm_kvcompress.formats.base import PAGE_TOKENS
+from vllm_kvcompress.kernels.selection import MAX_DECODE_QUERY_LEN, Case, choose_path
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,6 +33,7 @@ class Resolved:
     recent_tokens: int
     rotation: Path | None
     """Rotation file; None for formats that need none."""
+    kernels: KernelSetting
 
     @property
     def has_windows(self) -> bool:
@@ -68,7 +72,7 @@ def _resolve(
             f"--kv-cache-dtype {page_format.name} uses no rotation file, but rotation={settings.rotation} is set; "
             "remove the setting or use --kv-cache-dtype oscar-int2"
         )
-    return Resolved(page_format, sinks, recent, rotation)
+    return Resolved(page_format, sinks, recent, rotation, settings.kernels)
 
 
 def _folder(vllm_config: VllmConfig) -> Path | None:
@@ -90,10 +94,12 @@ def check_config(vllm_config: VllmConfig) -> None:
     resolved = resolve(vllm_config)
     head_size = model_config.get_head_size()
     layout = resolved.page_format.layout(head_size, _page_tokens(vllm_config))
+    path, reason = kernel_path(vllm_config)
     _check_rotation(vllm_config, resolved)
     logger.info(
         "KV cache format %s: %d bytes per token, layer and KV head (16-bit: %d, %.1fx), keys centred: %s, "
-        "16-bit windows: first %d and last %d tokens, rotation file: %s, tensor parallel size %d",
+        "16-bit windows: first %d and last %d tokens, rotation file: %s, tensor parallel size %d, "
+        "attention: %s (%s)",
         resolved.page_format.name,
         layout.bytes_per_token,
         4 * head_size,
@@ -103,7 +109,32 @@ def check_config(vllm_config: VllmConfig) -> None:
         resolved.recent_tokens,
         resolved.rotation or "none needed",
         parallel.tensor_parallel_size,
+        "GPU kernels" if path == "gpu" else "torch",
+        reason,
     )
+
+
+def kernel_case(vllm_config: VllmConfig) -> Case:
+    """What this engine's layers ask of their kernels."""
+    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    assert isinstance(model_config.dtype, torch.dtype)  # vLLM has resolved "auto" by now
+    return Case(
+        head_dim=model_config.get_head_size(),
+        page_tokens=_page_tokens(vllm_config),
+        group=model_config.get_num_attention_heads(parallel) // model_config.get_num_kv_heads(parallel),
+        dtype=model_config.dtype,
+    )
+
+
+def kernel_path(vllm_config: VllmConfig) -> tuple[Literal["gpu", "torch"], str]:
+    """Whether GPU kernels or the torch path serve this engine, and why; the same in every process of it.
+
+    Raises:
+        UnsupportedModelError: the setting `kernels` asks for what cannot run here.
+    """
+    setting = load_settings(vllm_config.additional_config).kernels
+    device_type = vllm_config.device_config.device_type
+    return choose_path(setting, device_type, compat.device_capability(), kernel_case(vllm_config))
 
 
 def _page_tokens(vllm_config: VllmConfig) -> int:
@@ -149,8 +180,8 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
             "sliding-window layers are not supported (their pages leave the window before 2 bits pay)",
         ),
         (
-            vllm_config.speculative_config is not None,
-            "speculative decoding is not supported yet; remove --speculative-config",
+            bool(drafts := _unsupported_drafts(vllm_config.speculative_config)),
+            f"speculative decoding {drafts}; remove --speculative-config",
         ),
         (
             vllm_config.kv_transfer_config is not None,
@@ -159,6 +190,10 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
         (
             bool(cache.kv_cache_dtype_skip_layers),
             f"--kv-cache-dtype-skip-layers {cache.kv_cache_dtype_skip_layers} is not supported; remove it",
+        ),
+        (
+            parallel.use_ubatching,
+            "micro-batching is not supported; remove --enable-dbo and --ubatch-size",
         ),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
@@ -170,6 +205,25 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
         ),
     ]
     return [f"{reason}. Otherwise use --kv-cache-dtype auto." for wrong, reason in found if wrong]
+
+
+def _unsupported_drafts(speculative_config: Any) -> str:
+    """What a speculative configuration asks for that is not supported; empty if nothing.
+
+    Drafts that are rejected leave keys and values behind, in pages and windows. Those are written over before they are
+    read: they lie past the request's length, and the next step begins with the first of them. A page that a rejected
+    draft began is begun anew, its mean with it; one that stays begun rests on accepted tokens alone, for its mean is
+    the previous page's, all of which came before.
+    """
+    if speculative_config is None:
+        return ""
+    if not speculative_config.use_ngram():
+        # A draft model's layers would share the cache dtype, and have no rotation of their own in the file.
+        return f"by {speculative_config.method!r} is not supported, only 'ngram' is: it has no KV cache of its own"
+    most = MAX_DECODE_QUERY_LEN - 1
+    if speculative_config.num_speculative_tokens > most:
+        return f"with {speculative_config.num_speculative_tokens} tokens is not supported, at most {most} are"
+    return ""
 
 
 def _has_sliding_window(model_config: Any, text_config: Any) -> bool:

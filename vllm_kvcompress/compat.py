@@ -153,3 +153,65 @@ def register_cache_spec(spec: type, manager: type) -> None:
 
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)
+
+
+def device_capability() -> tuple[int, int] | None:
+    """(major, minor) of the CUDA device vLLM will use; None on any other platform. Does not initialise CUDA."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return None
+    capability = current_platform.get_device_capability()
+    return None if capability is None else (capability.major, capability.minor)
+
+
+def workspace_manager() -> Any | None:
+    """vLLM's scratch memory of this worker (`get_simultaneous`); None where the worker keeps none, as the CPU's.
+
+    0.32, 0.33: vllm/v1/worker/workspace.py. One buffer shared by everything that runs one after another in a step; it
+    is locked after CUDA-graph capture, so addresses in graphs stay valid, and given back while the engine sleeps.
+    """
+    from vllm.v1.worker import workspace
+
+    return workspace.current_workspace_manager() if workspace.is_workspace_manager_initialized() else None
+
+
+def flash_attention(head_dim: int) -> tuple[Callable[..., Any], int] | str:
+    """(flash_attn_varlen_func, version) that vLLM itself would use for this head size, or why there is none.
+
+    0.32, 0.33: vllm/v1/attention/backends/fa_utils.py. Must be asked while the engine's configuration is current: it
+    may name a version.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return "not a CUDA platform"
+    from vllm.v1.attention.backends import fa_utils
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    if not FlashAttentionBackend.supports_head_size(head_dim):
+        return f"head size {head_dim} is not supported"
+    version = fa_utils.get_flash_attn_version(head_size=head_dim)
+    if version is None:
+        return "vLLM finds no version of it for this device"
+    return fa_utils.flash_attn_varlen_func, version
+
+
+def merge_attention_states(
+    out: torch.Tensor,
+    first: torch.Tensor,
+    first_lse: torch.Tensor,
+    second: torch.Tensor,
+    second_lse: torch.Tensor,
+    out_lse: torch.Tensor,
+) -> None:
+    """vLLM's merge of two attentions over disjoint keys: [T, Hq, D] and natural-log LSEs [Hq, T] float32.
+
+    `out` may be `first`: elements are read and written by the same thread. `out_lse` must be neither LSE: all threads
+    of a head read those. An infinite LSE of either sign is an empty side.
+
+    0.32, 0.33: vllm/v1/attention/ops/merge_attn_states.py.
+    """
+    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+    merge_attn_states(out, first, first_lse, second, second_lse, out_lse)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,6 +15,8 @@ from vllm_kvcompress.errors import KVCompressError
 
 NAMESPACE = "kvcompress"
 _ENV_PREFIX = "VLLM_KVCOMPRESS_"
+
+KernelSetting = Literal["auto", "cuda", "triton", "torch"]
 
 
 class Settings(BaseModel):
@@ -25,6 +27,7 @@ class Settings(BaseModel):
     rotation: Path | None = Field(None, description="rotation file; default: beside the model, then the user cache")
     sink_tokens: int | None = Field(None, ge=0, le=65536, description="first tokens kept in 16 bits (default 64)")
     recent_tokens: int | None = Field(None, ge=0, le=65536, description="last tokens kept in 16 bits (default 256)")
+    kernels: KernelSetting = Field("auto", description="auto: CUDA where it can, else Triton; torch on the CPU")
 
     def windows(self, model: str) -> tuple[int, int]:
         """(sink_tokens, recent_tokens), each from here or else from the model's recipe."""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_kvcompress.attention.plan import make_plan
+from vllm_kvcompress.attention.plan import MIN_TOKENS_FOR_OWN_MEAN, make_plan
 from vllm_kvcompress.formats import format_names, get_format
 from vllm_kvcompress.formats.base import SUPPORTED_HEAD_DIMS, read_pages, write_tokens
 from vllm_kvcompress.kernels import torch_attention
@@ -198,23 +198,63 @@ def page_mean(batch, page):
     return batch.pages[page, :, layout.k_mean : layout.k_mean + 2 * batch.dim].view(torch.float16).double()
 
 
+def page_mean_reference(batch, request, page_index):
+    """The rule in float64, before anything is stored: [H, D] mean key of a page that the step begins."""
+    past, new = batch.lens[request]
+    first = int(batch.starts[request]) - past  # row of position 0
+    begin = page_index * PAGE
+    run = range(begin, min(begin + PAGE, past + new))
+    if len(run) < MIN_TOKENS_FOR_OWN_MEAN and page_index > 0:
+        run = range(begin - PAGE, begin)
+    old, _ = read_pages(batch.pages[batch.table[request, page_index - 1 : page_index].long()], batch.layout)
+    keys = [batch.k[first + t] if t >= past else old[0, :, t % PAGE] for t in run]
+    return torch.stack(keys).double().mean(0)
+
+
 def test_page_means():
     """A page begun with enough tokens is centred on them, with few on the page before it."""
-    batch = Batch([(0, 300), (128, 1), (120, 50), (0, 135)], 2, 1, 64, get_format("hadamard-int2"), 0, 0)
-    previous, _ = read_pages(batch.pages[batch.table[1, :1].long()], batch.layout)
+    begun = {
+        (0, 300): [0, 1, 2],  # own means, the last of 44 tokens
+        (128, 1): [1],  # of one token: the previous page, all of it old
+        (127, 3): [1],  # the previous page completed in this very step
+        (120, 40): [1],  # own mean of 32 tokens, just enough
+        (120, 39): [1],  # one too few: 120 old and 8 new
+        (0, 135): [0, 1],  # the previous page begun and completed in this step
+        (100, 160): [1, 2],  # the same after a page that was begun before
+        (0, 5): [0],  # no previous page: few tokens are enough
+        (3, 20): [],
+    }
+    batch = Batch(list(begun), 2, 1, 64, get_format("hadamard-int2"), 0, 0)
+    pairs = [(request, index) for request, indices in enumerate(begun.values()) for index in indices]
+    expected = [page_mean_reference(batch, *pair) for pair in pairs]
+    before = batch.pages.clone()
     torch_attention.store(
         batch.pages, batch.layout, batch.plan(False), batch.k, batch.v, 1.0, 1.0, None, torch.bfloat16
     )
-    k = batch.k.double()
-    # fp16 rounding of a mean below 4 in magnitude: 2^-10.
-    close = {"rtol": 0, "atol": 2**-10}
     table = batch.table.long()
-    torch.testing.assert_close(page_mean(batch, table[0, 0]), k[:128].mean(0), **close)
-    torch.testing.assert_close(page_mean(batch, table[0, 2]), k[256:300].mean(0), **close)
-    torch.testing.assert_close(page_mean(batch, table[1, 1]), previous[0].double().mean(1), **close)
-    torch.testing.assert_close(page_mean(batch, table[2, 1]), k[301 + 8 : 301 + 50].mean(0), **close)
-    completed, _ = read_pages(batch.pages[table[3, :1]], batch.layout)
-    torch.testing.assert_close(page_mean(batch, table[3, 1]), completed[0].double().mean(1), **close)
+    for (request, index), mean in zip(pairs, expected, strict=True):
+        # fp16 rounding of a mean below 4 in magnitude: 2^-10; float32 sums of 128 tokens are 2^-17 of it off at worst.
+        torch.testing.assert_close(page_mean(batch, table[request, index]), mean, rtol=2**-17, atol=2**-10)
+    # No other mean has changed.
+    others = torch.ones(len(batch.pages), dtype=torch.bool)
+    others[table[tuple(torch.tensor(pairs).T)]] = False
+    mean_bytes = slice(batch.layout.k_mean, batch.layout.k_mean + 2 * batch.dim)
+    assert torch.equal(batch.pages[others, :, mean_bytes], before[others, :, mean_bytes])
+
+
+def test_page_means_skip_tokens_that_are_not_stored():
+    batch = Batch([(120, 10), (0, 40)], 2, 1, 64, get_format("hadamard-int2"), 0, 0)
+    previous, _ = read_pages(batch.pages[batch.table[0, :1].long()], batch.layout)
+    unstored = torch.tensor([1, 7, 10 + 3, 10 + 39])
+    batch.slots[unstored] = -1
+    batch.k[unstored] = torch.nan
+    torch_attention.store(
+        batch.pages, batch.layout, batch.plan(False), batch.k, batch.v, 1.0, 1.0, None, torch.bfloat16
+    )
+    borrowed = torch.cat((previous[0, :, :120].transpose(0, 1), batch.k[[0, 2, 3, 4, 5, 6]])).double().mean(0)
+    own = batch.k[[row for row in range(10, 50) if row not in unstored]].double().mean(0)
+    for page, mean in ((batch.table[0, 1], borrowed), (batch.table[1, 0], own)):
+        torch.testing.assert_close(page_mean(batch, page.long()), mean, rtol=2**-17, atol=2**-10)
 
 
 def test_page_mean_is_fixed_once_begun():

@@ -10,6 +10,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
@@ -19,16 +20,22 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_kvcompress.attention.gpu_metadata import (
+    GpuMetadata,
+    cudagraph_support,
+    make_metadata,
+    max_varlen_query_len,
+)
 from vllm_kvcompress.attention.plan import StepPlan, make_plan
 from vllm_kvcompress.attention.window_layer import WindowMetadata
-from vllm_kvcompress.checks import resolve
+from vllm_kvcompress.checks import kernel_path, resolve
 from vllm_kvcompress.formats import PageFormat, format_names, get_format
 from vllm_kvcompress.formats.base import PAGE_TOKENS, SUPPORTED_HEAD_DIMS
 
 
 @dataclass
 class KVCompressMetadata(AttentionMetadata):
-    """One step of one KV cache group. Tensors are vLLM's own; the plan is made once for all layers of the group."""
+    """One step of one KV cache group, on the torch path. Tensors are vLLM's own; all layers share one plan."""
 
     num_actual_tokens: int
     query_start_loc: torch.Tensor
@@ -52,17 +59,32 @@ class KVCompressMetadata(AttentionMetadata):
         return self._plan
 
 
-class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
+class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata | GpuMetadata]):
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._resolved = resolve(vllm_config)
+        self._on_gpu = kernel_path(vllm_config)[0] == "gpu"
+        if self._on_gpu:
+            # Decodes come first in the batch, verified drafts with them.
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        return cudagraph_support(vllm_config)
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> int | None:
+        return max_varlen_query_len(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> KVCompressMetadata:
+    ) -> KVCompressMetadata | GpuMetadata:
         common = common_attn_metadata
+        if self._on_gpu:
+            assert self.reorder_batch_threshold is not None
+            return make_metadata(common, self.reorder_batch_threshold, self.kv_cache_spec.block_size)
         return KVCompressMetadata(
             num_actual_tokens=common.num_actual_tokens,
             query_start_loc=common.query_start_loc_cpu[: common.num_reqs + 1],

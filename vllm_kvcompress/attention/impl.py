@@ -4,24 +4,35 @@
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionImpl, AttentionType
+from vllm.v1.attention.backend import AttentionImpl, AttentionType, max_decode_query_len
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_kvcompress import rotations
 from vllm_kvcompress.attention.backend import KVCompressMetadata
+from vllm_kvcompress.attention.gpu_metadata import GpuMetadata
 from vllm_kvcompress.attention.plan import ReadGroup
 from vllm_kvcompress.attention.window_layer import WindowLayer, WindowMetadata
-from vllm_kvcompress.checks import resolve
+from vllm_kvcompress.checks import kernel_case, kernel_path, resolve
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.formats.base import PageLayout
 from vllm_kvcompress.kernels import torch_attention
+from vllm_kvcompress.kernels.selection import choose_decode
 from vllm_kvcompress.quantizers.hadamard import hadamard
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.attention.gpu import GpuAttention
+
+logger = logging.getLogger("vllm.kvcompress")
 
 WINDOW_SUFFIX = ".window"
 
@@ -30,6 +41,12 @@ WINDOW_SUFFIX = ".window"
 def _read_rotation(path: Path) -> rotations.RotationSet:
     """The file is read and validated once for all layers of a process."""
     return rotations.read_rotation(path)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """Log once a process: every layer knows the same."""
+    logger.info(text)
 
 
 class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
@@ -79,6 +96,9 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         self._k_mean: torch.Tensor | None = None
         self._clip_k: torch.Tensor | float = self._resolved.page_format.clip_k
         self._clip_v: torch.Tensor | float = self._resolved.page_format.clip_v
+        self._gpu: GpuAttention | None = None
+        """None: the torch path serves"""
+        self._layer: AttentionLayerBase | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Load this layer's rotations and register its companion cache; the first moment the layer's name is known."""
@@ -90,6 +110,53 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             self._window = WindowLayer(layer, self.num_heads, sinks, recent)
             self._window_name = name + WINDOW_SUFFIX
             context[self._window_name] = self._window
+        path, reason = kernel_path(self._vllm_config)
+        if path == "gpu":
+            self._layer = layer
+            self._make_gpu_attention()
+        else:
+            _say_once(f"attention over {self.kv_cache_dtype} pages in torch: {reason}")
+
+    def _make_gpu_attention(self) -> None:
+        # Imports Triton, which an engine on the torch path need not have.
+        from vllm_kvcompress.attention.gpu import GpuAttention, Limits, layer_constants
+        from vllm_kvcompress.attention.prefill import find_flash_attention
+
+        config = self._vllm_config
+        device = config.device_config.device
+        assert isinstance(device, torch.device)
+        constants = layer_constants(
+            device, self.num_kv_heads, self._k_rotation, self._v_rotation, self._k_mean, self._clip_k, self._clip_v
+        )
+        self._k_rotation = self._v_rotation = self._k_mean = None  # the torch path's
+        if self._gpu is not None:  # weights are loaded once more
+            self._gpu.constants.update(constants)
+            return
+        case = kernel_case(config)
+        kernel, why = choose_decode(self._resolved.kernels, device, case)
+        flash = find_flash_attention(self.head_size, case.dtype)
+        prefill = f"Triton ({flash})" if isinstance(flash, str) else flash.name
+        decodes = "CUDA" if kernel == "cuda" else "Triton"
+        _say_once(f"attention over {self.kv_cache_dtype} pages: decode {decodes} ({why}), prefill {prefill}")
+        self._gpu = GpuAttention(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_size,
+            scale=self.scale,
+            dtype=case.dtype,
+            window_dtype=self._window_dtype,
+            sink_tokens=self._resolved.sink_tokens,
+            recent_tokens=self._resolved.recent_tokens,
+            constants=constants,
+            decode_kernel=kernel,
+            flash=None if isinstance(flash, str) else flash,
+            limits=Limits(
+                max_tokens=config.scheduler_config.max_num_batched_tokens,
+                max_requests=config.scheduler_config.max_num_seqs,
+                decode_query_len=max_decode_query_len(config),
+            ),
+            device=device,
+        )
 
     def _load_rotation(self, layer_index: int) -> None:
         device = self._vllm_config.device_config.device
@@ -121,12 +188,12 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: KVCompressMetadata | None,
+        attn_metadata: KVCompressMetadata | GpuMetadata | None,  # type: ignore[override]
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend, then store.
+        """Attend and store.
 
         Args:
             query: [T, Hq, D]; key, value: [T, H, D] in the model's dtype, T padded.
@@ -135,18 +202,24 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             output: [T, Hq, D], written in place.
         """
         if attn_metadata is None:
+            if self._gpu is not None:
+                self._prepare_gpu(self._gpu)
             return output.zero_()
         windows: WindowMetadata | None = None
         window_cache: torch.Tensor | None = None
         if self._window is not None:
             context = get_forward_context().attn_metadata
-            assert isinstance(context, dict)  # a list of them is micro-batching, for MoE models on several GPUs
+            assert isinstance(context, dict)  # a list of them is micro-batching, refused at start
             found = context[self._window_name]
             assert isinstance(found, WindowMetadata)
             windows, window_cache = found, self._window.kv_cache
-        plan = attn_metadata.plan(windows)
         layout = self._resolved.page_format.layout(self.head_size, kv_cache.shape[2])
         pages = kv_cache.view(torch.uint8).flatten(2)
+        if isinstance(attn_metadata, GpuMetadata):
+            assert self._gpu is not None
+            self._gpu.forward(query, key, value, pages, layout, window_cache, attn_metadata, windows, output)
+            return output
+        plan = attn_metadata.plan(windows)
         total = attn_metadata.num_actual_tokens
         query, key, value, output = query[:total], key[:total], value[:total], output[:total]
         k_cache, v_cache = self._to_cache_space(key, value)
@@ -163,6 +236,19 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             pages, layout, plan, k_cache, v_cache, self._clip_k, self._clip_v, window_cache, self._window_dtype
         )
         return output
+
+    def _prepare_gpu(self, gpu: GpuAttention) -> None:
+        """In vLLM's profiling run: claim the scratch memory while it is counted, compile every kernel once."""
+        from vllm_kvcompress.attention.gpu_warmup import warm_up
+
+        config = self._vllm_config
+        assert self._layer is not None
+        spec = self._layer.get_kv_cache_spec(config)
+        assert isinstance(spec, AttentionSpec)
+        layout = self._resolved.page_format.layout(self.head_size, spec.block_size)
+        gpu.scratch(spec.block_size)
+        window_block = None if self._window is None else self._window.get_kv_cache_spec(config).block_size
+        warm_up(gpu, layout, window_block, config.model_config.max_model_len)
 
     def _to_cache_space(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, H, D] model dtype -> keys (K - mean) R_k and values V R_v, [T, H, D] float32."""

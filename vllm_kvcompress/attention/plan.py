@@ -52,7 +52,11 @@ class ReadGroup:
 
 @dataclass(frozen=True)
 class PageStarts:
-    """Pages begun in this step whose mean key must be set (page centring)."""
+    """Pages begun in this step, whose mean key must be set before any token is quantised (page centring).
+
+    Enough tokens at hand: their mean. Else the mean over the previous page, of which this step's tokens count exactly
+    and older ones as they read back.
+    """
 
     run_of_token: torch.Tensor
     """[M] int64: which run of tokens of one page each stored token belongs to"""
@@ -62,13 +66,13 @@ class PageStarts:
     own_pages: torch.Tensor
     """[N] int64"""
     borrowing_pages: torch.Tensor
-    """[N'] int64: pages begun with too few tokens; centred on the mean of the page before, complete by then"""
+    """[N'] int64: pages begun with too few tokens"""
     previous_pages: torch.Tensor
-    """[N'] int64: that page"""
-    late: torch.Tensor
-    """[M'] int64: stored tokens of borrowing pages, to be written when all others are"""
-    early: torch.Tensor
-    """[M - M'] int64: the others"""
+    """[N'] int64: the page before"""
+    previous_old_tokens: torch.Tensor
+    """[N'] int64: how many of its tokens, the first ones, were stored before this step"""
+    previous_runs: torch.Tensor
+    """[N'] int64: the run of this step's tokens in it, -1 where it was complete before"""
 
 
 @dataclass(frozen=True)
@@ -186,14 +190,14 @@ def _page_starts(
     first = stored[first_token[runs]]
     request_of_token = torch.repeat_interleave(torch.arange(len(query_lens)), query_lens).to(device)
     requests = request_of_token[first]
-    history = (metadata.seq_lens.long() - query_lens).to(device)
-    page_index = (history[requests] + first - starts.to(device)[requests]) // page_tokens
+    history = (metadata.seq_lens.long() - query_lens).to(device)[requests]
+    page_index = (history + first - starts.to(device)[requests]) // page_tokens
     previous = metadata.block_table[requests, (page_index - 1).clamp(min=0)].long() * (page_index > 0)
-    # A page filled wholly in this step never borrows, so a page that is borrowed from is never itself late.
+    old_tokens = (history - (page_index - 1) * page_tokens).clamp(0, page_tokens)
+    # The tokens of this step that completed the previous page, if any, are the run right before.
+    before = (runs - 1).clamp(min=0)
+    previous_runs = torch.where((runs > 0) & (pages[before] == previous), before, -1)
     borrows = (run_lengths[runs] < min(MIN_TOKENS_FOR_OWN_MEAN, page_tokens)) & (previous > 0)
-    is_late = torch.zeros(len(pages), dtype=torch.bool, device=device)
-    is_late[runs[borrows]] = True
-    token_is_late = is_late[run_of_token]
     return PageStarts(
         run_of_token=run_of_token,
         num_runs=len(pages),
@@ -201,6 +205,6 @@ def _page_starts(
         own_pages=pages[runs[~borrows]],
         borrowing_pages=pages[runs[borrows]],
         previous_pages=previous[borrows],
-        late=token_is_late.nonzero().squeeze(1),
-        early=(~token_is_late).nonzero().squeeze(1),
+        previous_old_tokens=old_tokens[borrows],
+        previous_runs=previous_runs[borrows],
     )

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -19,6 +20,12 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_kvcompress.attention.gpu_metadata import (
+    HistoryGroup,
+    StepPart,
+    cudagraph_support,
+    max_varlen_query_len,
+)
 from vllm_kvcompress.attention.windows import WindowSpec, make_window_spec
 
 
@@ -31,6 +38,20 @@ class WindowMetadata(AttentionMetadata):
     slot_mapping: torch.Tensor
     """[num_tokens] int64; slots in block 0 and negative ones are not written"""
     block_size: int
+    _tables: dict[StepPart | HistoryGroup, torch.Tensor] = field(default_factory=dict)
+    _slots: dict[StepPart, torch.Tensor] = field(default_factory=dict)
+
+    def table(self, requests: StepPart | HistoryGroup) -> torch.Tensor:
+        """[R, max_blocks] int32 of some of the step's requests; made once for all layers."""
+        if requests not in self._tables:
+            self._tables[requests] = requests.rows_of(self.block_table)
+        return self._tables[requests]
+
+    def slots(self, part: StepPart) -> torch.Tensor:
+        """[T] int64 of a part of the step; made once for all layers."""
+        if part not in self._slots:
+            self._slots[part] = part.tokens_of(self.slot_mapping)
+        return self._slots[part]
 
 
 class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
@@ -38,6 +59,15 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
         self, kv_cache_spec: WindowSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    # vLLM takes the weakest of all builders, so this one must support what the pages' does.
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        return cudagraph_support(vllm_config)
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> int | None:
+        return max_varlen_query_len(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

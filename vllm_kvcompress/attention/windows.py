@@ -102,6 +102,9 @@ class WindowManager(SlidingWindowManager):
         super().__init__(kv_cache_spec, **kwargs)
         # Per request: blocks below this index (sinks aside) are freed already.
         self._first_live_block: dict[str, int] = {}
+        # The scheduler asks for every request in every step, so what never changes is not worked out again.
+        self._sink_blocks = kv_cache_spec.sink_blocks
+        self._kept_tokens = kv_cache_spec.recent_tokens + ROLLBACK_SLACK_TOKENS
 
     @classmethod
     def find_longest_cache_hit(
@@ -160,6 +163,8 @@ class WindowManager(SlidingWindowManager):
     ) -> int:
         """Blocks that `allocate_new_blocks` will take from the pool, plus cached ones that a hit takes back from it."""
         held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
+        if not new_computed_blocks and not apply_admission_cap and held * self.block_size >= num_tokens:
+            return 0  # most steps of a decode
         wanted = len(self._blocks_to_allocate(held, num_tokens, num_tokens_main_model))
         if apply_admission_cap and self.max_admission_blocks_per_request is not None:
             # The gate asks for the whole prompt at once: what it must be able to hold is the peak, not one chunk.
@@ -191,6 +196,8 @@ class WindowManager(SlidingWindowManager):
         """Extend the request's table to `num_tokens`; blocks outside the next step's window are null."""
         request_blocks = self.req_to_blocks[request_id]
         held = len(request_blocks)
+        if held * self.block_size >= num_tokens:
+            return []
         wanted = self._blocks_to_allocate(held, num_tokens, num_tokens_main_model)
         fresh = self.block_pool.get_new_blocks(len(wanted))
         added = [self._null_block] * max(0, cdiv(num_tokens, self.block_size) - held)
@@ -208,11 +215,13 @@ class WindowManager(SlidingWindowManager):
         request_blocks = self.req_to_blocks.get(request_id)
         if not request_blocks:
             return
-        spec = self.kv_cache_spec
-        first = self._first_live_block.get(request_id, spec.sink_blocks)
-        end = first
-        while end < len(request_blocks) and not spec.is_kept(end, processed_computed_tokens):
-            end += 1
+        first = self._first_live_block.get(request_id, self._sink_blocks)
+        # Block b has left the window when (b + 1) * block_size <= computed - kept (WindowSpec.is_kept).
+        end = len(request_blocks)
+        if self.kv_cache_spec.recent_tokens:
+            end = min(end, (processed_computed_tokens - self._kept_tokens) // self.block_size)
+        if end <= first:
+            return
         freed = [block for block in request_blocks[first:end] if not block.is_null]
         request_blocks[first:end] = [self._null_block] * (end - first)
         self._first_live_block[request_id] = end

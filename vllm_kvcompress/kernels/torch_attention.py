@@ -49,17 +49,9 @@ def store(
         whole = len(plan.stored_tokens) == keys.shape[0]
         k = keys if whole else keys[plan.stored_tokens]
         v = values if whole else values[plan.stored_tokens]
-        starts = plan.page_starts
-        if starts is not None and len(starts.own_runs):
-            _set_means(pages, layout, starts.own_pages, _run_means(starts, k))
-        if starts is None or not len(starts.late):
-            write_tokens(pages, layout, plan.slots, k, v, clip_k, clip_v)
-        else:
-            for part in (starts.early, starts.late):
-                if part is starts.late:
-                    previous_keys, _ = read_pages(pages[starts.previous_pages], layout)
-                    _set_means(pages, layout, starts.borrowing_pages, previous_keys.mean(dim=2))
-                write_tokens(pages, layout, plan.slots[part], k[part], v[part], clip_k, clip_v)
+        if plan.page_starts is not None:
+            _set_means(pages, layout, plan.page_starts, k)
+        write_tokens(pages, layout, plan.slots, k, v, clip_k, clip_v)
     if window_cache is not None and len(plan.window_slots):
         block_size = window_cache.shape[2]
         both = torch.cat((keys, values), dim=-1)[plan.windowed_tokens].to(window_dtype)
@@ -67,18 +59,29 @@ def store(
         window_cache.view(window_dtype)[block, :, offset] = both
 
 
-def _run_means(starts: PageStarts, keys: torch.Tensor) -> torch.Tensor:
-    """[N, H, D]: mean of the step's own tokens, for each page begun with enough of them."""
+def _set_means(pages: torch.Tensor, layout: PageLayout, starts: PageStarts, keys: torch.Tensor) -> None:
+    """Write the mean key of every page begun; keys [M, H, D] float32 of the stored tokens."""
+    if not len(starts.own_pages) and not len(starts.borrowing_pages):
+        return
     counts = torch.bincount(starts.run_of_token, minlength=starts.num_runs)
     sums = keys.new_zeros(starts.num_runs, *keys.shape[1:]).index_add_(0, starts.run_of_token, keys)
-    return (sums / counts[:, None, None])[starts.own_runs]
-
-
-def _set_means(pages: torch.Tensor, layout: PageLayout, index: torch.Tensor, means: torch.Tensor) -> None:
-    limit = torch.finfo(torch.float16).max
     field = page_fields(pages, layout).k_mean
     assert field is not None
-    field[index] = means.clamp(-limit, limit).half()
+
+    def write(index: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor) -> None:
+        limit = torch.finfo(torch.float16).max
+        field[index] = (sums / counts.clamp(min=1)[:, None, None]).clamp(-limit, limit).half()
+
+    if len(starts.borrowing_pages):
+        old = torch.arange(layout.page_tokens, device=keys.device) < starts.previous_old_tokens.unsqueeze(1)
+        previous_keys, _ = read_pages(pages[starts.previous_pages], layout)
+        none_new = starts.previous_runs < 0
+        # Masked, not multiplied by zero: unwritten bytes read as anything, NaN included.
+        old_sums = previous_keys.masked_fill(~old[:, None, :, None], 0).sum(dim=2)
+        new_sums = sums[starts.previous_runs].masked_fill(none_new[:, None, None], 0)
+        new_counts = counts[starts.previous_runs].masked_fill(none_new, 0)
+        write(starts.borrowing_pages, old_sums + new_sums, starts.previous_old_tokens + new_counts)
+    write(starts.own_pages, sums[starts.own_runs], counts[starts.own_runs])
 
 
 def attend(

@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over 2-bit pages, 16-bit windows and a step's own exact tokens, for decoding and for prefill. The torch
+reference is `kernels.reference.attend_reference`.
+
+A program serves a tile of query rows of one KV head of one request, and one of `num_splits` shares of what they see.
+Pages are multiplied as codes and scaled afterwards, which is cheaper than dequantising and exact:
+
+    q.k = scale * (q.code) + zero * sum(q) + q.mean        sum p v = sum (p * scale) code + sum p * zero
+
+Codes at one position in their bytes are one operand: four products of depth D / 4 in place of one of depth D, so that
+codes go from memory to tensor cores by masks alone. Softmax is in base 2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_kvcompress.formats.base import PageLayout
+from vllm_kvcompress.triton_kernels import _paged
+from vllm_kvcompress.triton_kernels._common import cast
+from vllm_kvcompress.triton_kernels._paged import (
+    codes_at,
+    interleave_four,
+    is_windowed,
+    load_scales,
+    request_lengths,
+    split_four,
+    window_rows,
+)
+
+# Maximum of rows that have seen nothing: below any score, and its difference from itself is 0, not NaN.
+_NOTHING_SEEN = tl.constexpr(-1e30)
+
+
+def attend(
+    q: torch.Tensor,
+    new_kv: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    window_cache: torch.Tensor | None,
+    window_table: torch.Tensor | None,
+    window_dtype: torch.dtype,
+    sink_tokens: int,
+    recent_tokens: int,
+    max_query_len: int,
+    num_splits: int,
+    workspace: torch.Tensor | None,
+) -> None:
+    """Causal attention of every request's new tokens over its history and themselves. Never waits for the device.
+
+    History token t of c is read in 16 bits if (t < sink_tokens or t >= c - recent_tokens) and its companion block is
+    not 0; else from its page; not at all if that is page 0. Rows of `out` that belong to no request are not written.
+
+    Args:
+        q: [T, Hq, D] float16 in cache space; the last dimension is contiguous. Head i reads KV head i // (Hq / H).
+        new_kv: [>= T, H, 2 * D] `window_dtype`, contiguous: K then V of the step's tokens in cache space.
+        pages: [num_pages, H, head_bytes] uint8; any stride of pages, each page contiguous.
+        block_table: [R, max_pages] int32, 0 = null page.
+        query_start_loc: [R + 1] int32; rows from query_start_loc[R] on are padding.
+        seq_lens: [R] int32: history plus new tokens.
+        out: [T, Hq, D] float16, bfloat16 or float32, written in cache space of the values; last dimension contiguous.
+        scale: softmax scale, positive.
+        window_cache: [num_blocks, H, block, 4 * D] uint8 or None; window_table: [R, max_blocks] int32, 0 = no block.
+        window_dtype: bfloat16 or float16.
+        max_query_len: most new tokens of a request, or more.
+        num_splits: shares into which what a tile of rows sees is cut, for programs enough where requests are few.
+        workspace: 1-D float32 of `workspace_elements` elements, or None with one split.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit, or the workspace is too small.
+    """
+    tokens, query_heads, head_dim = q.shape
+    heads, requests = pages.shape[1], seq_lens.shape[0]
+    constants = _paged.page_constants(pages, layout)
+    windows, window_stride, window_table_stride, window_block = _paged.window_view(
+        window_cache, window_table, window_dtype, layout
+    )
+    if q.dtype != torch.float16 or head_dim != layout.head_dim or query_heads % heads or out.shape != q.shape:
+        raise ValueError(
+            f"q and out must be [T, n * {heads}, {layout.head_dim}], q float16; got {q.dtype} {list(q.shape)} and "
+            f"{list(out.shape)}"
+        )
+    if q.stride(2) != 1 or out.stride(2) != 1:
+        raise ValueError(f"heads of q and out must be contiguous, got strides {q.stride()} and {out.stride()}")
+    if new_kv.dtype != window_dtype or new_kv.shape[1:] != (heads, 2 * head_dim) or not new_kv.is_contiguous():
+        raise ValueError(
+            f"new_kv must be a contiguous {window_dtype} [T, {heads}, {2 * head_dim}], got {new_kv.dtype} "
+            f"{list(new_kv.shape)} with strides {new_kv.stride()}"
+        )
+    if block_table.stride(1) != 1 or (window_table is not None and window_table.stride(1) != 1):
+        raise ValueError("rows of block_table and window_table must be contiguous")
+    needed = workspace_elements(tokens, query_heads, head_dim, num_splits)
+    if needed and (workspace is None or workspace.dtype != torch.float32 or workspace.numel() < needed):
+        raise ValueError(f"{num_splits} splits of {tokens} tokens need a float32 workspace of {needed} elements")
+    if tokens == 0 or requests == 0:
+        return
+
+    group = query_heads // heads
+    tile = _tile(max_query_len * group, constants["BLOCK_D"])
+    row_tiles = triton.cdiv(max_query_len * group, tile["BLOCK_M"])
+    _attend_kernel[(row_tiles * heads, num_splits, requests)](
+        q,
+        q.stride(0),
+        q.stride(1),
+        new_kv,
+        pages,
+        pages.stride(0),
+        block_table,
+        block_table.stride(0),
+        windows,
+        window_stride,
+        window_table,
+        window_table_stride,
+        query_start_loc,
+        seq_lens,
+        out,
+        out.stride(0),
+        out.stride(1),
+        workspace if num_splits > 1 else None,
+        tokens,
+        row_tiles,
+        sink_tokens,
+        recent_tokens,
+        scale * math.log2(math.e),
+        GROUP=group,
+        WINDOW_BLOCK=window_block,
+        **constants,
+        **tile,
+    )
+    if num_splits > 1:
+        _reduce_kernel[(tokens, query_heads)](
+            workspace,
+            query_start_loc,
+            requests,
+            out,
+            out.stride(0),
+            out.stride(1),
+            tokens,
+            num_splits,
+            NUM_HEADS=query_heads,
+            D=head_dim,
+            BLOCK_D=constants["BLOCK_D"],
+            BLOCK_S=min(triton.next_power_of_2(num_splits), 16),
+            num_warps=2,
+        )
+
+
+def workspace_elements(num_tokens: int, num_query_heads: int, head_dim: int, num_splits: int) -> int:
+    """float32 elements of `attend`'s workspace: per split, token and query head an accumulator, a maximum and a sum."""
+    return num_splits * num_tokens * num_query_heads * (head_dim + 2) if num_splits > 1 else 0
+
+
+def _tile(rows: int, block_d: int) -> dict[str, int]:
+    """Tile and launch options for so many query rows a KV head and request.
+
+    Chosen by the machine code's instructions, registers and shared memory (less than 99 KiB). Warps divide a product's
+    rows, 16 each, unless it is wider than high: more warps than that would do the same work twice. Registers of the
+    decoding tiles are capped so that enough programs share a multiprocessor to hide each other's waiting.
+    """
+    if rows <= 16:
+        if block_d == 64:
+            return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_E": 32, "num_warps": 1, "num_stages": 3, "maxnreg": 168}
+        maxnreg = 128 if block_d == 128 else 168
+        return {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_E": 32, "num_warps": 4, "num_stages": 3, "maxnreg": maxnreg}
+    if block_d == 256:
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_E": 32, "num_warps": 4, "num_stages": 3}
+    if rows <= 32:
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_E": 32, "num_warps": 2, "num_stages": 3}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 3}
+
+
+@triton.jit(do_not_specialize=["num_tokens", "row_tiles", "sink_tokens", "recent_tokens"])
+def _attend_kernel(
+    q_ptr,
+    q_stride_token,
+    q_stride_head,
+    new_ptr,
+    pages_ptr,
+    page_stride,
+    table_ptr,
+    table_stride,
+    window_ptr,
+    window_stride,
+    window_table_ptr,
+    window_table_stride,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    out_stride_token,
+    out_stride_head,
+    partial_ptr,
+    num_tokens,
+    row_tiles,
+    sink_tokens,
+    recent_tokens,
+    scale_log2,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    HEAD_BYTES: tl.constexpr,
+    K_CODES: tl.constexpr,
+    V_CODES: tl.constexpr,
+    K_SCALES: tl.constexpr,
+    V_SCALES: tl.constexpr,
+    K_MEAN: tl.constexpr,
+    WINDOW_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Grid: (tiles of rows x KV heads) x splits x requests.
+
+    Args:
+        window_ptr, K_MEAN: None without windows, without page means. partial_ptr: None with one split.
+        BLOCK_M: rows; BLOCK_N: tokens of a page read at a time; BLOCK_E: exact tokens at a time.
+    """
+    kv_head = tl.program_id(0) // row_tiles
+    first_row = (tl.program_id(0) % row_tiles) * BLOCK_M
+    split = tl.program_id(1)
+    request = tl.program_id(2)
+    first_token, new, history = request_lengths(query_start_loc_ptr, seq_lens_ptr, request)
+    if first_row >= new * GROUP:
+        return
+
+    # Rows are (token, query head of this KV head): a tile never meets another KV head, however odd the group.
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row_mask = rows < new * GROUP
+    own_token = rows // GROUP
+    token = (first_token + own_token).to(tl.int64)
+    head = kv_head * GROUP + rows % GROUP
+    q_rows = q_ptr + token * q_stride_token + head * q_stride_head
+    # New tokens that the last row sees.
+    visible = tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, new)
+
+    # What the tile sees, in units of about as many bytes: tiles of pages, of windows (sinks, then recent tokens) and of
+    # the step's own tokens. Splits take equal runs of units.
+    page_units = tl.cdiv(history, BLOCK_N)
+    sinks = 0
+    recent_begin = history
+    if window_ptr is not None:
+        sinks = tl.minimum(sink_tokens, history)
+        recent_begin = tl.maximum(sinks, history - recent_tokens)
+    sink_units = tl.cdiv(sinks, BLOCK_E)
+    window_units = sink_units + tl.cdiv(history - recent_begin, BLOCK_E)
+    new_units = tl.cdiv(visible, BLOCK_E)
+    share = tl.cdiv(page_units + window_units + new_units, tl.num_programs(1))
+    unit_begin = split * share
+    unit_end = unit_begin + share
+
+    channels = tl.arange(0, BLOCK_D)
+    in_channels = channels < D
+    out_mask = row_mask[:, None] & in_channels[None, :]
+    query = tl.load(q_rows[:, None] + channels[None, :], mask=out_mask, other=0.0)
+    # Queries take the power of 4 off the codes. Before that a power of two, exact, takes each row's largest to 2^13 or
+    # more: over 4^3, a channel down to 2^-21 of it still keeps all its bits.
+    largest = tl.max(tl.abs(query), axis=1).to(tl.float32)
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    boost = 8192.0 / tl.where(largest > 0, power, 8192.0)
+    q0, q1, q2, q3 = split_four(query.to(tl.float32) * boost[:, None])
+    q0 = q0.to(tl.float16)
+    q1 = (q1 * 0.25).to(tl.float16)
+    q2 = (q2 * 0.0625).to(tl.float16)
+    q3 = (q3 * 0.015625).to(tl.float16)
+    # A product with codes, which are in units of 2^-24, is `boost` times the true one.
+    boost = boost * 2.0**-24
+    unboost = scale_log2 / boost
+    q_sum = tl.sum(query.to(tl.float32), axis=1) * boost
+
+    top = tl.full([BLOCK_M], _NOTHING_SEEN, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    middles = tl.zeros([BLOCK_M], tl.float32)
+    acc0 = tl.zeros([BLOCK_M, BLOCK_D // 4], tl.float32)
+    acc1 = tl.zeros([BLOCK_M, BLOCK_D // 4], tl.float32)
+    acc2 = tl.zeros([BLOCK_M, BLOCK_D // 4], tl.float32)
+    acc3 = tl.zeros([BLOCK_M, BLOCK_D // 4], tl.float32)
+    # Accumulators are in units of the last tile's largest value scale: fp16 then holds weight times scale well,
+    # whatever the size of the values.
+    acc_unit = 1.0
+    head_offset = kv_head * HEAD_BYTES
+    table_row = table_ptr + request.to(tl.int64) * table_stride
+    window_row = table_row
+    if window_ptr is not None:
+        window_row = window_table_ptr + request.to(tl.int64) * window_table_stride
+    # Most tiles are read whole. The others, of the windows' zones and of the end, are those before and after them.
+    page_begin = tl.minimum(unit_begin, page_units)
+    page_end = tl.minimum(unit_end, page_units)
+    whole_begin = tl.minimum(tl.maximum(tl.cdiv(sinks, BLOCK_N), page_begin), page_end)
+    whole_end = tl.maximum(tl.minimum(recent_begin // BLOCK_N, page_end), whole_begin)
+    lanes = tl.arange(0, BLOCK_N)
+    quads = tl.arange(0, BLOCK_D // 4)
+    for PARTIAL in tl.static_range(2):
+        loop_begin = page_begin if PARTIAL else whole_begin
+        loop_end = page_end - (whole_end - whole_begin) if PARTIAL else whole_end
+        for i in tl.range(loop_begin, loop_end, num_stages=2 if PARTIAL else None):
+            unit = tl.where(i < whole_begin, i, i + (whole_end - whole_begin)) if PARTIAL else i
+            begin = unit * BLOCK_N
+            page = tl.load(table_row + begin // PAGE_TOKENS)
+            exists = page != 0
+            head_ptr = pages_ptr + page.to(tl.int64) * page_stride + head_offset
+            in_page = begin % PAGE_TOKENS + lanes
+            read = exists
+            if PARTIAL:
+                positions = begin + lanes
+                read &= positions < history
+                if window_ptr is not None:
+                    windowed = is_windowed(positions, history, sink_tokens, recent_tokens)
+                    read &= tl.load(window_row + positions // WINDOW_BLOCK, mask=windowed, other=0) == 0
+            codes = in_page[:, None] * (D // 4) + quads[None, :]
+            code_mask = exists & (quads < D // 4)[None, :]
+            k = tl.trans(tl.load(head_ptr + K_CODES + codes, mask=code_mask, other=0))
+            v = tl.load(head_ptr + V_CODES + codes, mask=code_mask, other=0)
+            k_scale, k_zero = load_scales(head_ptr, K_SCALES, in_page, read)
+            v_scale, v_zero = load_scales(head_ptr, V_SCALES, in_page, read)
+
+            scores = tl.dot(q0, codes_at(k, 0))
+            scores = tl.dot(q1, codes_at(k, 1), scores)
+            scores = tl.dot(q2, codes_at(k, 2), scores)
+            scores = tl.dot(q3, codes_at(k, 3), scores)
+            row_shift = tl.where(exists, tl.zeros([BLOCK_M], tl.float32), float("-inf"))
+            if K_MEAN is not None:
+                mean_ptr = (head_ptr + K_MEAN).to(tl.pointer_type(tl.float16), bitcast=True)
+                mean = tl.load(mean_ptr + channels, mask=exists & in_channels, other=0.0).to(tl.float32)
+                row_shift += tl.sum(query.to(tl.float32) * mean[None, :], axis=1) * boost
+            scores = scores * k_scale[None, :] + (q_sum[:, None] * k_zero[None, :] + row_shift[:, None])
+            if PARTIAL:
+                scores = tl.where(read[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1) * unboost)
+            weights = tl.exp2(scores * unboost[:, None] - new_top[:, None])
+            decay = tl.exp2(top - new_top)
+            top = new_top
+            total = total * decay + tl.sum(weights, axis=1)
+            largest_scale = tl.max(v_scale, axis=0)
+            tile_unit = tl.where(largest_scale > 0, largest_scale, acc_unit)
+            scaled = (weights * (v_scale / tile_unit)[None, :]).to(tl.float16)
+            # Codes are taken about 1.5, their middle: the rounding of the weights then meets what varies between
+            # tokens, not the offset that all codes share.
+            middle = weights * (v_zero + 1.5 * v_scale)[None, :] - scaled.to(tl.float32) * (1.5 * tile_unit)
+            middles = middles * decay + tl.sum(middle, axis=1)
+            decay = decay * (acc_unit / tile_unit)
+            acc_unit = tile_unit
+            acc0 = tl.dot(scaled, codes_at(v, 0), acc0 * decay[:, None])
+            acc1 = tl.dot(scaled, codes_at(v, 1), acc1 * decay[:, None])
+            acc2 = tl.dot(scaled, codes_at(v, 2), acc2 * decay[:, None])
+            acc3 = tl.dot(scaled, codes_at(v, 3), acc3 * decay[:, None])
+    acc = interleave_four(acc0, acc1 * 0.25, acc2 * 0.0625, acc3 * 0.015625) * (acc_unit * 2.0**24)
+    acc += middles[:, None]
+
+    exact_lanes = tl.arange(0, BLOCK_E)
+    if window_ptr is not None:
+        begin = tl.maximum(unit_begin - page_units, 0)
+        for unit in tl.range(begin, tl.minimum(unit_end - page_units, window_units), num_stages=2):
+            is_sink = unit < sink_units
+            first = tl.where(is_sink, unit * BLOCK_E, recent_begin + (unit - sink_units) * BLOCK_E)
+            positions = first + exact_lanes
+            inside = positions < tl.where(is_sink, sinks, history)
+            block = tl.load(window_row + positions // WINDOW_BLOCK, mask=inside, other=0)
+            exists = block != 0
+            kv = window_rows(window_ptr, window_stride, block, positions, kv_head, WINDOW_BLOCK, D)
+            kv = kv[:, None] + channels[None, :]
+            kv_mask = exists[:, None] & in_channels[None, :]
+            k = tl.load(kv, mask=kv_mask, other=0.0)
+            v = tl.load(kv + D, mask=kv_mask, other=0.0)
+            top, total, acc = _attend_exact(query, k, v, exists[None, :], scale_log2, top, total, acc)
+
+    first_new_unit = page_units + window_units
+    begin = tl.maximum(unit_begin - first_new_unit, 0)
+    for unit in tl.range(begin, tl.minimum(unit_end - first_new_unit, new_units), num_stages=2):
+        keys = unit * BLOCK_E + exact_lanes
+        is_new = keys < visible
+        kv = new_ptr + (first_token + keys).to(tl.int64) * (NUM_KV_HEADS * 2 * D) + kv_head * (2 * D)
+        kv = kv[:, None] + channels[None, :]
+        kv_mask = is_new[:, None] & in_channels[None, :]
+        k = tl.load(kv, mask=kv_mask, other=0.0)
+        v = tl.load(kv + D, mask=kv_mask, other=0.0)
+        causal = is_new[None, :] & (keys[None, :] <= own_token[:, None])
+        top, total, acc = _attend_exact(query, k, v, causal, scale_log2, top, total, acc)
+
+    if partial_ptr is None:
+        out_rows = out_ptr + token * out_stride_token + head * out_stride_head
+        # Every row has seen at least its own token.
+        result = acc / tl.where(row_mask, total, 1.0)[:, None]
+        tl.store(out_rows[:, None] + channels[None, :], cast(result, out_ptr.dtype.element_ty), mask=out_mask)
+    else:
+        heads = NUM_KV_HEADS * GROUP
+        index = (split * num_tokens + token) * heads + head
+        statistics_ptr = partial_ptr + tl.num_programs(1).to(tl.int64) * num_tokens * (heads * D) + 2 * index
+        tl.store(statistics_ptr, top, mask=row_mask)
+        tl.store(statistics_ptr + 1, total, mask=row_mask)
+        # What a share without any token leaves is not read.
+        tl.store(partial_ptr + index[:, None] * D + channels[None, :], acc, mask=out_mask & (total > 0)[:, None])
+
+
+@triton.jit
+def _attend_exact(query, k, v, mask, scale_log2, top, total, acc):
+    """One step of the online softmax over exact keys and values [BLOCK_E, BLOCK_D].
+
+    Args:
+        query: [BLOCK_M, BLOCK_D] fp16. mask: broadcasts to [BLOCK_M, BLOCK_E].
+        top, total: [BLOCK_M] maximum of the scores and sum of the weights so far, acc: [BLOCK_M, BLOCK_D]; float32.
+    """
+    scores = tl.dot(query, tl.trans(cast(k, tl.float16))) * scale_log2
+    scores = tl.where(mask, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_top[:, None])
+    decay = tl.exp2(top - new_top)
+    acc = tl.dot(weights.to(tl.float16), cast(v, tl.float16), acc * decay[:, None])
+    return new_top, total * decay + tl.sum(weights, axis=1), acc
+
+
+@triton.jit(do_not_specialize=["num_requests", "num_tokens", "num_splits"])
+def _reduce_kernel(
+    partial_ptr,
+    query_start_loc_ptr,
+    num_requests,
+    out_ptr,
+    out_stride_token,
+    out_stride_head,
+    num_tokens,
+    num_splits,
+    NUM_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Sum of the splits of one row. Grid: tokens x query heads. BLOCK_S: splits read at a time."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    if token >= tl.load(query_start_loc_ptr + num_requests):
+        return
+    channels = tl.arange(0, BLOCK_D)
+    in_channels = channels < D
+    row_stride = num_tokens.to(tl.int64) * NUM_HEADS
+    row = token * NUM_HEADS + head
+    statistics_ptr = partial_ptr + num_splits * row_stride * D + 2 * row
+    partial_ptr += row * D + channels
+    top = tl.full([], _NOTHING_SEEN, tl.float32)
+    total = tl.zeros([], tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for begin in range(0, num_splits, BLOCK_S):
+        splits = begin + tl.arange(0, BLOCK_S)
+        statistics = statistics_ptr + 2 * splits * row_stride
+        tops = tl.load(statistics, mask=splits < num_splits, other=_NOTHING_SEEN)
+        totals = tl.load(statistics + 1, mask=splits < num_splits, other=0.0)
+        mask = (totals > 0)[:, None] & in_channels[None, :]
+        parts = tl.load(partial_ptr[None, :] + splits[:, None] * row_stride * D, mask=mask, other=0.0)
+        new_top = tl.maximum(top, tl.max(tops, axis=0))
+        weights = tl.exp2(tops - new_top)
+        decay = tl.exp2(top - new_top)
+        top = new_top
+        total = total * decay + tl.sum(totals * weights, axis=0)
+        acc = acc * decay + tl.sum(parts * weights[:, None], axis=0)
+    out_row = out_ptr + token * out_stride_token + head * out_stride_head
+    tl.store(out_row + channels, cast(acc / total, out_ptr.dtype.element_ty), mask=in_channels)

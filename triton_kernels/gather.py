@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""History out of 2-bit pages and 16-bit windows as dense fp16 keys and values, for a dense attention kernel. The torch
+reference is `formats.base.read_pages` with the read rule of `kernels.reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_kvcompress.formats.base import PageLayout
+from vllm_kvcompress.triton_kernels import _paged
+from vllm_kvcompress.triton_kernels._common import cast
+from vllm_kvcompress.triton_kernels._paged import (
+    interleave_four,
+    is_windowed,
+    load_scales,
+    request_lengths,
+    window_rows,
+)
+
+
+def gather_history(
+    pages: torch.Tensor,
+    layout: PageLayout,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    cu_history: torch.Tensor,
+    first_token: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    tile_tokens: int,
+    window_cache: torch.Tensor | None,
+    window_table: torch.Tensor | None,
+    window_dtype: torch.dtype,
+    sink_tokens: int,
+    recent_tokens: int,
+) -> None:
+    """Write history tokens first_token <= t < min(c, first_token + tile_tokens) of every request, c its history.
+
+    Token t of request b goes to row cu_history[b] + t - first_token. Tokens of null pages become zeros, unless they are
+    read in 16 bits (the rule of `attend.attend`). Finite values saturate in fp16. Never waits for the device.
+
+    Args:
+        pages: [num_pages, H, head_bytes] uint8; any stride of pages, each page contiguous.
+        block_table: [R, max_pages] int32, 0 = null page.
+        seq_lens: [R] int32: history plus new tokens; query_start_loc: [R + 1] int32.
+        cu_history: [R + 1] int32. Rows from the capacity on are not written.
+        first_token: a multiple of the page.
+        keys, values: [capacity, H, D] float16, contiguous, written in cache space.
+        tile_tokens: a multiple of the page.
+        window_cache: [num_blocks, H, block, 4 * D] uint8 or None; window_table: [R, max_blocks] int32, 0 = no block.
+        window_dtype: bfloat16 or float16.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit.
+    """
+    constants = _paged.page_constants(pages, layout)
+    windows, window_stride, window_table_stride, window_block = _paged.window_view(
+        window_cache, window_table, window_dtype, layout
+    )
+    heads, requests = pages.shape[1], seq_lens.shape[0]
+    for x in (keys, values):
+        if x.dtype != torch.float16 or x.shape[1:] != (heads, layout.head_dim) or not x.is_contiguous():
+            raise ValueError(
+                f"keys and values must be contiguous float16 [capacity, {heads}, {layout.head_dim}], got {x.dtype} "
+                f"{list(x.shape)} with strides {x.stride()}"
+            )
+    if tile_tokens % layout.page_tokens or first_token % layout.page_tokens:
+        raise ValueError(f"tiles are whole pages of {layout.page_tokens} tokens, got {first_token} + {tile_tokens}")
+    if block_table.stride(1) != 1 or (window_table is not None and window_table.stride(1) != 1):
+        raise ValueError("rows of block_table and window_table must be contiguous")
+    capacity = min(keys.shape[0], values.shape[0])
+    if requests == 0 or tile_tokens == 0 or capacity == 0:
+        return
+    block_t = 32
+    # Programs of the heads of a token are neighbours, and so are the rows they write.
+    _gather_kernel[(heads, tile_tokens // block_t, requests)](
+        pages,
+        pages.stride(0),
+        block_table,
+        block_table.stride(0),
+        windows,
+        window_stride,
+        window_table,
+        window_table_stride,
+        query_start_loc,
+        seq_lens,
+        cu_history,
+        keys,
+        values,
+        capacity,
+        first_token,
+        sink_tokens,
+        recent_tokens,
+        WINDOW_BLOCK=window_block,
+        BLOCK_T=block_t,
+        num_warps=4 if layout.head_dim <= 128 else 8,
+        **constants,
+    )
+
+
+@triton.jit(do_not_specialize=["capacity", "first_position", "sink_tokens", "recent_tokens"])
+def _gather_kernel(
+    pages_ptr,
+    page_stride,
+    table_ptr,
+    table_stride,
+    window_ptr,
+    window_stride,
+    window_table_ptr,
+    window_table_stride,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    cu_history_ptr,
+    keys_ptr,
+    values_ptr,
+    capacity,
+    first_position,
+    sink_tokens,
+    recent_tokens,
+    NUM_KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    HEAD_BYTES: tl.constexpr,
+    K_CODES: tl.constexpr,
+    V_CODES: tl.constexpr,
+    K_SCALES: tl.constexpr,
+    V_SCALES: tl.constexpr,
+    K_MEAN: tl.constexpr,
+    WINDOW_BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Grid: KV heads x tiles of BLOCK_T tokens x requests. window_ptr and K_MEAN are None without windows and means."""
+    kv_head = tl.program_id(0)
+    in_tile = tl.program_id(1) * BLOCK_T
+    request = tl.program_id(2)
+    _, _, history = request_lengths(query_start_loc_ptr, seq_lens_ptr, request)
+    begin = first_position + in_tile
+    if begin >= history:
+        return
+    lanes = tl.arange(0, BLOCK_T)
+    positions = begin + lanes
+    in_history = positions < history
+    page = tl.load(table_ptr + request.to(tl.int64) * table_stride + begin // PAGE_TOKENS)
+    exists = page != 0
+    head_ptr = pages_ptr + page.to(tl.int64) * page_stride + kv_head * HEAD_BYTES
+    in_page = begin % PAGE_TOKENS + lanes
+    # Masked, all is zero, and so is what they make of it.
+    read = exists & in_history
+    k_scale, k_zero = load_scales(head_ptr, K_SCALES, in_page, read)
+    v_scale, v_zero = load_scales(head_ptr, V_SCALES, in_page, read)
+    quads = tl.arange(0, BLOCK_D // 4)
+    codes = in_page[:, None] * (D // 4) + quads[None, :]
+    code_mask = exists & (quads < D // 4)[None, :]
+    k = _dequantise(tl.load(head_ptr + K_CODES + codes, mask=code_mask, other=0), k_scale, k_zero)
+    v = _dequantise(tl.load(head_ptr + V_CODES + codes, mask=code_mask, other=0), v_scale, v_zero)
+    channels = tl.arange(0, BLOCK_D)
+    in_channels = channels < D
+    if K_MEAN is not None:
+        mean_ptr = (head_ptr + K_MEAN).to(tl.pointer_type(tl.float16), bitcast=True)
+        mean = tl.load(mean_ptr + channels, mask=exists & in_channels, other=0.0)
+        k += mean.to(tl.float32)[None, :]
+    k = cast(k, tl.float16)
+    v = cast(v, tl.float16)
+    touches_window = (begin < sink_tokens) | (begin + BLOCK_T > history - recent_tokens)
+    if window_ptr is not None and touches_window:
+        window_row = window_table_ptr + request.to(tl.int64) * window_table_stride
+        windowed = is_windowed(positions, history, sink_tokens, recent_tokens)
+        block = tl.load(window_row + positions // WINDOW_BLOCK, mask=windowed, other=0)
+        kv = window_rows(window_ptr, window_stride, block, positions, kv_head, WINDOW_BLOCK, D)
+        kv = kv[:, None] + channels[None, :]
+        has_block = (block != 0)[:, None]
+        kv_mask = has_block & in_channels[None, :]
+        k = tl.where(has_block, cast(tl.load(kv, mask=kv_mask, other=0.0), tl.float16), k)
+        v = tl.where(has_block, cast(tl.load(kv + D, mask=kv_mask, other=0.0), tl.float16), v)
+    row = tl.load(cu_history_ptr + request) + in_tile + lanes
+    offsets = (row.to(tl.int64) * NUM_KV_HEADS + kv_head)[:, None] * D + channels[None, :]
+    mask = (in_history & (row < capacity))[:, None] & in_channels[None, :]
+    tl.store(keys_ptr + offsets, k, mask=mask)
+    tl.store(values_ptr + offsets, v, mask=mask)
+
+
+@triton.jit
+def _dequantise(packed, scale, zero):
+    """[N, C] bytes, [N] scale and zero -> [N, 4 * C] float32."""
+    c0 = (packed & 3).to(tl.float32)
+    c1 = ((packed >> 2) & 3).to(tl.float32)
+    c2 = ((packed >> 4) & 3).to(tl.float32)
+    c3 = (packed >> 6).to(tl.float32)
+    return interleave_four(c0, c1, c2, c3) * scale[:, None] + zero[:, None]

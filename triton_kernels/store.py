@@ -1,0 +1,587 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step's keys and values into cache space, the 2-bit pages, the 16-bit windows and the buffer of new tokens.
+
+Two launches: the mean keys of pages begun in the step (formats that centre by page), then everything else. The torch
+reference is `kernels.torch_attention.store`, the quantiser `quantizers.affine`, step by step.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_kvcompress.attention.plan import MIN_TOKENS_FOR_OWN_MEAN
+from vllm_kvcompress.formats.base import PageLayout
+from vllm_kvcompress.triton_kernels import _common
+from vllm_kvcompress.triton_kernels._common import FP16_MAX, cast, rotated_rows
+
+
+def store(
+    pages: torch.Tensor,
+    layout: PageLayout,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    k_rotation: torch.Tensor | None,
+    v_rotation: torch.Tensor | None,
+    k_mean: torch.Tensor | None,
+    clip_k: torch.Tensor,
+    clip_v: torch.Tensor,
+    window_cache: torch.Tensor | None,
+    window_slots: torch.Tensor | None,
+    window_dtype: torch.dtype,
+    new_kv: torch.Tensor | None,
+    max_query_len: int,
+) -> None:
+    """Rotate, quantise and write a step's tokens. Never waits for the device.
+
+    Keys are (key - k_mean) @ k_rotation, values value @ v_rotation; with a rotation, in fp16 operands and float32 sums.
+    A slot below the first page (block) of its cache is not written: -1, or inside the null page 0.
+
+    Args:
+        pages: [num_pages, H, head_bytes] uint8; any stride of pages, each page contiguous.
+        key, value: [T, H, D] float16, bfloat16 or float32; the last dimension is contiguous.
+        slot_mapping: [T] int64, page * page_tokens + offset, below 2^31; offset = position % page_tokens.
+        query_start_loc: [R + 1] int32; rows from query_start_loc[R] on are padding.
+        seq_lens: [R] int32: history plus the step's tokens. block_table: [R, max_pages] int32, 0 = null page.
+        k_rotation, v_rotation: [H, D, D] float16, contiguous, or None for the identity.
+        k_mean: [H, D] float32 static mean key, contiguous, or None.
+        clip_k, clip_v: [H] float32 shares of the range (quantizers/affine.py).
+        window_cache: [num_blocks, H, block, 4 * D] uint8, each block contiguous, or None; window_slots: [T] int64. Rows
+            are K then V in `window_dtype`, bfloat16 or float16 (then saturated), keys not centred on the page.
+        new_kv: [N, H, 2 * D] `window_dtype`, contiguous, or None: rows below N get the same K then V.
+        max_query_len: most new tokens of a request, or more.
+
+    Raises:
+        ValueError: shapes or strides do not fit.
+    """
+    tokens, heads, head_dim = key.shape
+    _check(pages, layout, key, value, slot_mapping, window_cache, window_slots, window_dtype, new_kv)
+    _common.check_rotation(k_rotation, heads, head_dim)
+    _common.check_rotation(v_rotation, heads, head_dim)
+    requests = seq_lens.shape[0]
+    if tokens == 0:
+        return
+    shape = {
+        "D": head_dim,
+        "PAGE_TOKENS": layout.page_tokens,
+        "HEAD_BYTES": layout.head_bytes,
+        "K_CODES": layout.k_codes,
+        "K_SCALES": layout.k_scales,
+        "K_MEAN": layout.k_mean,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+    }
+    if layout.k_mean is not None and requests:
+        # A request of n tokens begins at most cdiv(n, page) pages.
+        search = max_query_len > layout.page_tokens
+        _means_kernel[(tokens // layout.page_tokens + requests if search else requests, heads)](
+            pages,
+            pages.stride(0),
+            key,
+            key.stride(0),
+            key.stride(1),
+            slot_mapping,
+            query_start_loc,
+            seq_lens,
+            block_table,
+            block_table.stride(0),
+            k_rotation,
+            k_mean,
+            requests,
+            SEARCH=search,
+            MIN_OWN=min(MIN_TOKENS_FOR_OWN_MEAN, layout.page_tokens),
+            BLOCK_R=256,
+            BLOCK_T=32,
+            BLOCK_N=64 if head_dim <= 128 else 32,
+            **shape,
+            num_warps=4,
+        )
+    block_m, warps, registers = _tile(tokens, head_dim)
+    window = None if window_cache is None else window_cache.view(window_dtype)
+    _store_kernel[(heads, triton.cdiv(tokens, block_m), 2)](
+        pages,
+        pages.stride(0),
+        key,
+        key.stride(0),
+        key.stride(1),
+        value,
+        value.stride(0),
+        value.stride(1),
+        slot_mapping,
+        k_rotation,
+        v_rotation,
+        k_mean,
+        clip_k,
+        clip_v,
+        window,
+        0 if window is None else window.stride(0),
+        window_slots,
+        new_kv,
+        tokens,
+        0 if new_kv is None else min(tokens, new_kv.shape[0]),
+        V_CODES=layout.v_codes,
+        V_SCALES=layout.v_scales,
+        WINDOW_BLOCK=1 if window_cache is None else window_cache.shape[2],
+        BLOCK_M=block_m,
+        **shape,
+        num_warps=warps,
+        maxnreg=registers,
+    )
+
+
+def _tile(tokens: int, head_dim: int) -> tuple[int, int, int]:
+    """Tokens of a tile, warps of a program, bound on registers.
+
+    Few tokens want many programs, many tokens want few reads of the rotation; the bound keeps 12 to 16 warps on a
+    multiprocessor at the price of a few spilled words.
+    """
+    if tokens <= 256:
+        return 16, 4, 255
+    if tokens <= 2048:
+        return 64 if head_dim <= 128 else 32, 4, 168
+    return 128 if head_dim <= 128 else 64, 8, 128
+
+
+def _check(
+    pages: torch.Tensor,
+    layout: PageLayout,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    window_cache: torch.Tensor | None,
+    window_slots: torch.Tensor | None,
+    window_dtype: torch.dtype,
+    new_kv: torch.Tensor | None,
+) -> None:
+    tokens, heads, head_dim = key.shape
+    if value.shape != key.shape or key.stride(2) != 1 or value.stride(2) != 1 or slot_mapping.shape != (tokens,):
+        raise ValueError(
+            f"keys {list(key.shape)} (strides {key.stride()}), values {list(value.shape)} (strides {value.stride()}) "
+            f"and slots {list(slot_mapping.shape)} do not fit"
+        )
+    if head_dim != layout.head_dim or pages.shape[1:] != (heads, layout.head_bytes):
+        raise ValueError(f"pages {list(pages.shape)} do not hold {heads} heads of {layout}")
+    if pages.stride()[1:] != (layout.head_bytes, 1):
+        raise ValueError(f"each page must be contiguous, got strides {pages.stride()}")
+    if window_dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"windows are bfloat16 or float16, got {window_dtype}")
+    if window_cache is not None:
+        block = window_cache.shape[2]
+        strides = (block * 4 * head_dim, 4 * head_dim, 1)
+        if window_cache.shape[1:] != (heads, block, 4 * head_dim) or window_cache.stride()[1:] != strides:
+            raise ValueError(
+                f"windows {list(window_cache.shape)} (strides {window_cache.stride()}) do not fit {layout}"
+            )
+        if window_slots is None or window_slots.shape != (tokens,):
+            raise ValueError("a window cache needs one window slot a token")
+    if new_kv is not None and (
+        new_kv.shape[1:] != (heads, 2 * head_dim) or new_kv.dtype != window_dtype or not new_kv.is_contiguous()
+    ):
+        raise ValueError(f"new_kv is contiguous [N, {heads}, {2 * head_dim}] {window_dtype}, got {list(new_kv.shape)}")
+
+
+@triton.jit(do_not_specialize=["num_requests"])
+def _means_kernel(
+    pages_ptr,
+    page_stride,
+    key_ptr,
+    key_stride_token,
+    key_stride_head,
+    slot_ptr,
+    query_start_ptr,
+    seq_len_ptr,
+    table_ptr,
+    table_stride,
+    rotation_ptr,
+    centre_ptr,
+    num_requests,
+    SEARCH: tl.constexpr,
+    MIN_OWN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    HEAD_BYTES: tl.constexpr,
+    K_CODES: tl.constexpr,
+    K_SCALES: tl.constexpr,
+    K_MEAN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Mean key of each page begun in the step (the rule: attention/plan.py, PageStarts).
+
+    Grid: items x KV heads. An item is a page that a request may begin: item i is request i's first such page or, with
+    SEARCH, request b owns the items from query_start[b] // PAGE_TOKENS + b on, at least cdiv(n_b, PAGE_TOKENS) of them.
+    """
+    item = tl.program_id(0)
+    head = tl.program_id(1)
+    request = item
+    candidate = 0
+    if SEARCH:
+        request = -1
+        for begin in range(0, num_requests, BLOCK_R):
+            requests = begin + tl.arange(0, BLOCK_R)
+            starts = tl.load(query_start_ptr + requests, mask=requests < num_requests, other=0)
+            owned = (requests < num_requests) & (starts // PAGE_TOKENS + requests <= item)
+            request += tl.sum(owned.to(tl.int32))
+        candidate = item - (tl.load(query_start_ptr + request) // PAGE_TOKENS + request)
+    start = tl.load(query_start_ptr + request)
+    seq_len = tl.load(seq_len_ptr + request)
+    history = seq_len - (tl.load(query_start_ptr + request + 1) - start)
+    position = (tl.cdiv(history, PAGE_TOKENS) + candidate) * PAGE_TOKENS  # where the page begins
+    if position >= seq_len:
+        return
+    row = start + position - history
+    slot = tl.load(slot_ptr + row)
+    if slot < PAGE_TOKENS:
+        return
+
+    key_ptr += head * key_stride_head
+    if centre_ptr is not None:
+        centre_ptr += head * D
+    if rotation_ptr is not None:
+        rotation_ptr += head * D * D
+    head_offset = head * HEAD_BYTES
+    fp16_keys: tl.constexpr = rotation_ptr is not None  # the mean of what is rotated and stored
+    length = tl.minimum(seq_len - position, PAGE_TOKENS)
+    total, count = _stored_sum(
+        key_ptr, key_stride_token, slot_ptr, row, length, centre_ptr, fp16_keys, D, PAGE_TOKENS, BLOCK_T, BLOCK_D
+    )
+    table_entry = table_ptr + request.to(tl.int64) * table_stride + position // PAGE_TOKENS - 1
+    previous = tl.load(table_entry, mask=position >= PAGE_TOKENS, other=0).to(tl.int64)
+    old = 0  # tokens of the previous page from before the step
+    if (count < MIN_OWN) & (previous > 0):
+        old = tl.maximum(history - (position - PAGE_TOKENS), 0)
+        new = PAGE_TOKENS - old
+        total, new_count = _stored_sum(
+            key_ptr,
+            key_stride_token,
+            slot_ptr,
+            row - new,
+            new,
+            centre_ptr,
+            fp16_keys,
+            D,
+            PAGE_TOKENS,
+            BLOCK_T,
+            BLOCK_D,
+        )
+        count = old + new_count
+    count = tl.maximum(count, 1).to(tl.float32)
+
+    out_ptr = pages_ptr + (slot // PAGE_TOKENS) * page_stride + head_offset + K_MEAN
+    previous_ptr = pages_ptr + previous * page_stride + head_offset
+    rows = tl.arange(0, BLOCK_D)
+    BLOCK: tl.constexpr = BLOCK_D if rotation_ptr is None else BLOCK_N
+    for begin in tl.static_range(0, BLOCK_D, BLOCK):
+        lanes = begin + tl.arange(0, BLOCK)
+        in_head = lanes < D
+        # Rotating is linear: the rotated mean is the mean of the rotated keys.
+        if rotation_ptr is None:
+            mean = total
+        else:
+            mask = (rows < D)[:, None] & in_head[None, :]
+            rotation = tl.load(rotation_ptr + rows[:, None] * D + lanes[None, :], mask=mask, other=0.0)
+            mean = tl.sum(total[:, None] * rotation.to(tl.float32), axis=0)
+        if old > 0:
+            mean += _read_back_sum(previous_ptr, old, lanes, D, K_CODES, K_SCALES, K_MEAN, BLOCK_T, BLOCK)
+        mean = tl.clamp(mean / count, -FP16_MAX, FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(out_ptr.to(tl.pointer_type(tl.float16)) + lanes, mean.to(tl.float16), mask=in_head)
+
+
+@triton.jit
+def _stored_sum(
+    key_ptr,
+    key_stride_token,
+    slot_ptr,
+    first,
+    length,
+    centre_ptr,
+    FP16_KEYS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum of one head's centred keys of rows first <= t < first + length that are stored, not yet rotated; their count.
+
+    Returns:
+        [BLOCK_D] float32, int32.
+    """
+    lanes = tl.arange(0, BLOCK_D)
+    sums = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
+    counts = tl.zeros([BLOCK_T], dtype=tl.int32)
+    if centre_ptr is not None:
+        centre = tl.load(centre_ptr + lanes, mask=lanes < D, other=0.0)
+    for begin in range(0, length, BLOCK_T):
+        offsets = begin + tl.arange(0, BLOCK_T)
+        rows = first + offsets
+        inside = offsets < length
+        stored = tl.load(slot_ptr + rows, mask=inside, other=-1) >= PAGE_TOKENS
+        key_rows = key_ptr + rows.to(tl.int64) * key_stride_token
+        # Loaded before it is known what is stored: one wait for memory, not two.
+        x = tl.load(key_rows[:, None] + lanes[None, :], mask=inside[:, None] & (lanes < D)[None, :], other=0.0)
+        if centre_ptr is not None:
+            x = x.to(tl.float32) - centre[None, :]
+        if FP16_KEYS:
+            x = cast(x, tl.float16)
+        sums += tl.where(stored[:, None], x.to(tl.float32), 0.0)
+        counts += stored.to(tl.int32)
+    return tl.sum(sums, axis=0), tl.sum(counts, axis=0)
+
+
+@triton.jit
+def _read_back_sum(
+    page_ptr,
+    length,
+    lanes,
+    D: tl.constexpr,
+    K_CODES: tl.constexpr,
+    K_SCALES: tl.constexpr,
+    K_MEAN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """[BLOCK_N] float32: sum over a page's first tokens of their dequantised keys, channels `lanes` of one head."""
+    in_head = lanes < D
+    sums = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
+    scale_ptr = (page_ptr + K_SCALES).to(tl.pointer_type(tl.float16))
+    for begin in range(0, length, BLOCK_T):
+        tokens = begin + tl.arange(0, BLOCK_T)
+        inside = tokens < length
+        mask = inside[:, None] & in_head[None, :]
+        packed = tl.load(page_ptr + K_CODES + tokens[:, None] * (D // 4) + lanes[None, :] // 4, mask=mask, other=0)
+        codes = ((packed.to(tl.int32) >> (2 * (lanes % 4))[None, :]) & 3).to(tl.float32)
+        scale = tl.load(scale_ptr + 2 * tokens, mask=inside, other=0.0).to(tl.float32)
+        zero = tl.load(scale_ptr + 2 * tokens + 1, mask=inside, other=0.0).to(tl.float32)
+        sums += codes * scale[:, None] + zero[:, None]
+    mean_ptr = (page_ptr + K_MEAN).to(tl.pointer_type(tl.float16))
+    mean = tl.load(mean_ptr + lanes, mask=in_head, other=0.0).to(tl.float32)
+    return tl.sum(sums, axis=0) + length * mean
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_new"])
+def _store_kernel(
+    pages_ptr,
+    page_stride,
+    key_ptr,
+    key_stride_token,
+    key_stride_head,
+    value_ptr,
+    value_stride_token,
+    value_stride_head,
+    slot_ptr,
+    k_rotation_ptr,
+    v_rotation_ptr,
+    k_mean_ptr,
+    clip_k_ptr,
+    clip_v_ptr,
+    window_ptr,
+    window_stride,
+    window_slot_ptr,
+    new_kv_ptr,
+    num_tokens,
+    num_new,
+    D: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    HEAD_BYTES: tl.constexpr,
+    K_CODES: tl.constexpr,
+    K_SCALES: tl.constexpr,
+    K_MEAN: tl.constexpr,
+    V_CODES: tl.constexpr,
+    V_SCALES: tl.constexpr,
+    WINDOW_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: KV heads x tiles of tokens x (keys, values). Heads come first: neighbours in memory are read together."""
+    head = tl.program_id(0)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_step = rows < num_tokens
+    slots = tl.load(slot_ptr + rows, mask=in_step, other=-1).to(tl.int32)
+    wanted = ((slots >= PAGE_TOKENS) | (rows < num_new)).to(tl.int32)
+    if window_ptr is not None:
+        in_window = tl.load(window_slot_ptr + rows, mask=in_step, other=-1) >= WINDOW_BLOCK
+        wanted = tl.where(in_window, 2, wanted)
+    most = tl.max(wanted, axis=0)
+    if most == 0:
+        return
+    any_in_window = most == 2
+    if tl.program_id(2) == 0:
+        _store_tile(
+            pages_ptr,
+            page_stride,
+            key_ptr,
+            key_stride_token,
+            key_stride_head,
+            k_mean_ptr,
+            k_rotation_ptr,
+            clip_k_ptr,
+            window_ptr,
+            window_stride,
+            new_kv_ptr,
+            num_new,
+            head,
+            rows,
+            slots,
+            wanted > 0,
+            window_slot_ptr,
+            any_in_window,
+            0,
+            D,
+            PAGE_TOKENS,
+            HEAD_BYTES,
+            K_CODES,
+            K_SCALES,
+            K_MEAN,
+            WINDOW_BLOCK,
+            BLOCK_M,
+            BLOCK_D,
+        )
+    else:
+        _store_tile(
+            pages_ptr,
+            page_stride,
+            value_ptr,
+            value_stride_token,
+            value_stride_head,
+            None,
+            v_rotation_ptr,
+            clip_v_ptr,
+            window_ptr,
+            window_stride,
+            new_kv_ptr,
+            num_new,
+            head,
+            rows,
+            slots,
+            wanted > 0,
+            window_slot_ptr,
+            any_in_window,
+            D,
+            D,
+            PAGE_TOKENS,
+            HEAD_BYTES,
+            V_CODES,
+            V_SCALES,
+            None,
+            WINDOW_BLOCK,
+            BLOCK_M,
+            BLOCK_D,
+        )
+
+
+@triton.jit
+def _store_tile(
+    pages_ptr,
+    page_stride,
+    x_ptr,
+    x_stride_token,
+    x_stride_head,
+    centre_ptr,
+    rotation_ptr,
+    clip_ptr,
+    window_ptr,
+    window_stride,
+    new_kv_ptr,
+    num_new,
+    head,
+    rows,
+    slots,
+    wanted,
+    window_slot_ptr,
+    any_in_window,
+    ROW_OFFSET: tl.constexpr,
+    D: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    HEAD_BYTES: tl.constexpr,
+    CODES: tl.constexpr,
+    SCALES: tl.constexpr,
+    MEAN: tl.constexpr,
+    WINDOW_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One tensor of BLOCK_M tokens of a head. ROW_OFFSET: where it lies in rows of windows and new_kv, in elements."""
+    lanes = tl.arange(0, BLOCK_D)
+    in_head = (lanes < D)[None, :]
+    if centre_ptr is not None:
+        centre_ptr += head * D
+    if rotation_ptr is not None:
+        rotation_ptr += head * D * D
+    x_rows = x_ptr + rows.to(tl.int64) * x_stride_token + head * x_stride_head
+    stored = slots >= PAGE_TOKENS
+    page_rows = pages_ptr + (slots // PAGE_TOKENS).to(tl.int64) * page_stride + head * HEAD_BYTES
+    offset = slots % PAGE_TOKENS
+    if MEAN is not None:
+        # Loaded before the product: beside its operands, and the compiler keeps the product's layout for what follows.
+        mean_rows = (page_rows + MEAN).to(tl.pointer_type(tl.float16))
+        mean = tl.load(mean_rows[:, None] + lanes[None, :], mask=stored[:, None] & in_head, other=0.0)
+    x = rotated_rows(x_rows, wanted, centre_ptr, rotation_ptr, D, BLOCK_M, BLOCK_D)
+
+    if window_ptr is not None:
+        window_dtype: tl.constexpr = window_ptr.dtype.element_ty
+        if any_in_window:  # in a long prefill, few tiles
+            window_slots = tl.load(window_slot_ptr + rows, mask=wanted, other=-1)
+            window_rows = window_ptr + (window_slots // WINDOW_BLOCK) * window_stride + ROW_OFFSET
+            window_rows += (head * WINDOW_BLOCK + window_slots % WINDOW_BLOCK) * (2 * D)
+            mask = (window_slots >= WINDOW_BLOCK)[:, None] & in_head
+            tl.store(window_rows[:, None] + lanes[None, :], cast(x, window_dtype), mask=mask)
+    if new_kv_ptr is not None:
+        new_dtype: tl.constexpr = new_kv_ptr.dtype.element_ty
+        if tl.program_id(1) * BLOCK_M < num_new:
+            new_rows = new_kv_ptr + (rows.to(tl.int64) * tl.num_programs(0) + head) * (2 * D) + ROW_OFFSET
+            mask = (rows < num_new)[:, None] & in_head
+            tl.store(new_rows[:, None] + lanes[None, :], cast(x, new_dtype), mask=mask)
+    if MEAN is not None:
+        x -= mean.to(tl.float32)
+    packed, scale, zero = _quantise(x, in_head, tl.load(clip_ptr + head), D, BLOCK_M, BLOCK_D)
+    places = tl.arange(0, BLOCK_D // 4)[None, :]
+    code_rows = page_rows + CODES + offset * (D // 4)
+    tl.store(code_rows[:, None] + places, packed, mask=stored[:, None] & (places < D // 4))
+    # Scale and zero as one word, low half first.
+    low = scale.to(tl.uint16, bitcast=True).to(tl.uint32)
+    high = zero.to(tl.uint16, bitcast=True).to(tl.uint32)
+    scale_rows = (page_rows + SCALES).to(tl.pointer_type(tl.uint32)) + offset
+    tl.store(scale_rows, low | (high << 16), mask=stored)
+
+
+@triton.jit
+def _quantise(x, in_head, clip, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """quantizers/affine.py for rows of x [BLOCK_M, BLOCK_D] float32, of which the first D lanes count; packed.
+
+    Returns:
+        codes [BLOCK_M, BLOCK_D / 4] uint8, scale and zero [BLOCK_M] fp16.
+    """
+    x = tl.clamp(x, -FP16_MAX, FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
+    if BLOCK_D == D:
+        low, high, total = tl.min(x, axis=1), tl.max(x, axis=1), tl.sum(x, axis=1)
+    else:
+        low = tl.min(tl.where(in_head, x, float("inf")), axis=1)
+        high = tl.max(tl.where(in_head, x, -float("inf")), axis=1)
+        total = tl.sum(tl.where(in_head, x, 0.0), axis=1)
+    middle = low + (high - low) * 0.5
+    scale = tl.div_rn((high - low) * clip, 3.0).to(tl.float16)
+    step = scale.to(tl.float32)
+    inverse = tl.where(step > 0, tl.div_rn(1.0, tl.where(step > 0, step, 1.0)), 0.0)
+    codes = x * inverse[:, None] + (2.0 - middle * inverse)[:, None]
+    codes = tl.clamp(codes, 0.0, 3.5).to(tl.int32)
+    if BLOCK_D != D:
+        codes = tl.where(in_head, codes, 0)
+    # One sum gives a byte's four codes in its low byte and, above, the sum of these codes.
+    weights = (1 << (2 * tl.arange(0, 4))) + 256
+    quads = tl.sum(tl.reshape(codes, [BLOCK_M, BLOCK_D // 4, 4]) * weights[None, None, :], axis=2)
+    sum_of_codes = tl.sum(quads >> 8, axis=1).to(tl.float32)
+    mean = total / D
+    zero = tl.where(step > 0, mean - step * (sum_of_codes / D), middle)
+    zero = tl.clamp(zero, -FP16_MAX, FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
+    # Minimum and maximum pass over NaN, the mean does not: such a row reads as NaN.
+    broken = mean != mean
+    scale = tl.where(broken, mean, step).to(tl.float16)
+    zero = tl.where(broken, mean, zero).to(tl.float16)
+    return quads.to(tl.uint8), scale, zero
