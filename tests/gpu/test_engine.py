@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real engine on a GPU with real weights: captured graphs change nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+TOKENS = 48
+RUN = f"""
+import json, sys
+from vllm import LLM, SamplingParams
+model, text_file, graphs = sys.argv[1:4]
+llm = LLM(model, kv_cache_dtype="oscar-int2", max_model_len=8192, max_num_batched_tokens=1024, max_num_seqs=8,
+          gpu_memory_utilization=0.3, enable_prefix_caching=False, seed=0,
+          compilation_config={{}} if graphs == "graphs" else {{"cudagraph_mode": "NONE"}})
+ids = llm.get_tokenizer()(open(text_file, encoding="utf-8").read())["input_ids"]
+prompts = [{{"prompt_token_ids": ids[:length]}} for length in (5, 129, 700, 3000)]
+sampling = SamplingParams(max_tokens={TOKENS}, temperature=0, ignore_eos=True)
+# One at a time: batches differ from run to run with the timing of requests, and 16-bit sums with them.
+print("TOKENS", json.dumps([list(llm.generate([p], sampling)[0].outputs[0].token_ids) for p in prompts]))
+"""
+
+
+def generate(model, graphs):
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(model), str(README), graphs], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (line,) = (x for x in done.stdout.splitlines() if x.startswith("TOKENS "))
+    return json.loads(line.removeprefix("TOKENS "))
+
+
+@pytest.mark.skipif(not README.is_file(), reason="the text is the README of the source tree")
+def test_greedy_text_is_the_same_with_and_without_cuda_graphs(demo_model):
+    with_graphs, without = generate(demo_model, "graphs"), generate(demo_model, "none")
+    assert [len(tokens) for tokens in with_graphs] == [TOKENS] * 4
+    assert with_graphs == without
