@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 MODEL ?=
 FORMAT ?= oscar-int2
 MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
-PYTEST_FLAGS ?=
+# Two processes, a file in one of them: engines and interpreted kernels are mostly single-threaded.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 
 .PHONY: demo test test-gpu lint format bench clean
 

@@ -141,16 +141,65 @@ def test_common_metadata_seam():
 
     names = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
     needed = {"query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens", "block_table_tensor", "slot_mapping"}
+    needed |= {"query_start_loc", "max_query_len", "max_seq_len", "seq_lens_cpu_upper_bound"}
     assert needed <= names
 
 
+def test_decode_and_prefill_seam():
+    """Which requests are decodes, and what graphs may hold: the GPU kernels' metadata builders."""
+    from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, max_decode_query_len
+    from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+    assert parameters(split_decodes_and_prefills)[:2] == ["common_attn_metadata", "decode_threshold"]
+    assert parameters(max_decode_query_len) == ["vllm_config"]
+    for method in ("get_cudagraph_support", "get_varlen_cudagraph_max_query_len"):
+        assert parameters(getattr(AttentionMetadataBuilder, method)) == ["vllm_config", "kv_cache_spec"]
+    assert AttentionCGSupport.UNIFORM_BATCH and AttentionCGSupport.NEVER
+
+
+def test_workspace_seam():
+    """Scratch of the GPU kernels: one buffer cut into tensors, the same addresses at every call."""
+    from vllm.v1.worker import workspace
+
+    assert parameters(workspace.WorkspaceManager.get_simultaneous) == ["self", "shapes_and_dtypes"]
+    assert compat.workspace_manager() is None and workspace.current_workspace_manager
+
+
+def test_flash_attention_seam():
+    """vLLM's FlashAttention and its merge of attention states, by the arguments the prefill passes."""
+    import ast
+    from pathlib import Path
+
+    import vllm
+    from vllm.v1.attention.backends import fa_utils
+    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+    assert "head_size" in parameters(fa_utils.get_flash_attn_version)
+    assert parameters(merge_attn_states)[:6] == [
+        "output",
+        "prefix_output",
+        "prefix_lse",
+        "suffix_output",
+        "suffix_lse",
+        "output_lse",
+    ]
+    # Not imported: only CUDA builds can.
+    source = Path(vllm.__file__).parent / "vllm_flash_attn" / "flash_attn_interface.py"
+    functions = {node.name: node for node in ast.parse(source.read_text()).body if isinstance(node, ast.FunctionDef)}
+    accepted = {argument.arg for argument in functions["flash_attn_varlen_func"].args.args}
+    assert accepted >= {
+        "q", "k", "v", "max_seqlen_q", "cu_seqlens_q", "max_seqlen_k", "cu_seqlens_k", "softmax_scale", "causal",
+        "return_softmax_lse", "out", "fa_version",
+    }  # fmt: skip
+
+
 def test_config_fields_seam():
-    from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+    from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig, VllmConfig
 
     fields = {
         CacheConfig: {"cache_dtype", "block_size", "kv_cache_dtype_skip_layers"},
         ParallelConfig: {"decode_context_parallel_size", "prefill_context_parallel_size", "tensor_parallel_size"},
-        SchedulerConfig: {"disable_hybrid_kv_cache_manager"},
+        SchedulerConfig: {"disable_hybrid_kv_cache_manager", "max_num_batched_tokens", "max_num_seqs"},
         VllmConfig: {"additional_config", "speculative_config", "kv_transfer_config", "load_config"},
     }
     for config, names in fields.items():
@@ -166,3 +215,5 @@ def test_config_fields_seam():
     ):
         assert hasattr(ModelConfig, name), name
     assert isinstance(inspect.getattr_static(VllmConfig, "max_concurrent_batches"), property)
+    assert isinstance(inspect.getattr_static(ParallelConfig, "use_ubatching"), property)
+    assert callable(SpeculativeConfig.use_ngram)

@@ -35,6 +35,13 @@ TOLERANCE = 2e-3
 BF16 = 2**-8
 
 
+@pytest.fixture(autouse=True)
+def _fresh_seed():
+    """Every run draws new inputs; the seed is printed with a failure."""
+    random.seed(seed := torch.seed())
+    print(f"seed {seed}")
+
+
 class TorchFlash:
     """What FlashAttention computes, request by request in float32, and what it leaves in empty rows."""
 
@@ -65,7 +72,8 @@ class TorchFlash:
             k, v = (x[c:d].float().repeat_interleave(group, dim=1) for x in (key, value))
             scores = torch.einsum("qhd,khd->hqk", query[a:b].float(), k) * scale
             if causal:
-                scores = scores.masked_fill(torch.ones(b - a, b - a, dtype=torch.bool, device=query.device).triu(1), -torch.inf)
+                future = torch.ones(b - a, b - a, dtype=torch.bool, device=query.device).triu(1)
+                scores = scores.masked_fill(future, -torch.inf)
             out[a:b] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(out.dtype)
             lse[:, a:b] = scores.logsumexp(-1)
         return lse

@@ -234,9 +234,7 @@ def builders(config):
     from vllm_kvcompress.attention.window_layer import WindowMetadataBuilder
     from vllm_kvcompress.attention.windows import make_window_spec
 
-    spec = FullAttentionSpec(
-        block_size=PAGE, num_kv_heads=2, head_size=64, dtype=torch.uint8, state_content_bytes=41
-    )
+    spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=2, head_size=64, dtype=torch.uint8, state_content_bytes=41)
     window_spec = make_window_spec(spec, config, 16, 64)
     device = torch.device("cpu")
     return (
