@@ -16,6 +16,12 @@ import torch
 if torch.cuda.device_count() == 0:
     # Read while triton is imported, which vLLM does too: it must be set before any test module is.
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.device_count() == 0:
+    # A thread each for the processes that share the processors: threads that wait for each other at every operation,
+    # and are not all running, take many times as long. vLLM counts processors itself unless told not to.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
