@@ -31,7 +31,7 @@ def server(demo_model, tmp_path_factory):
 
 @pytest.fixture
 def client(server):
-    return openai.OpenAI(base_url=server[0], api_key="none", timeout=120, max_retries=0)
+    return openai.OpenAI(base_url=server[0], api_key="none", timeout=600, max_retries=0)
 
 
 def chat(client, server, **changes):
