@@ -49,10 +49,11 @@ class WindowSpec(SlidingWindowSpec):
 
     def is_kept(self, block: int, num_tokens: int) -> bool:
         """Whether a block holds a token that a step after `num_tokens` computed tokens may read in 16 bits."""
-        return block < self.sink_blocks or (
-            self.recent_tokens > 0
-            and (block + 1) * self.block_size > num_tokens - self.recent_tokens - ROLLBACK_SLACK_TOKENS
-        )
+        return block < self.sink_blocks or (self.recent_tokens > 0 and block >= self.first_recent_block(num_tokens))
+
+    def first_recent_block(self, num_tokens: int) -> int:
+        """The first block of the recent window after `num_tokens` computed tokens; below 0 while all are in it."""
+        return (num_tokens - self.recent_tokens - ROLLBACK_SLACK_TOKENS) // self.block_size
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         """Most blocks a request holds at once: sinks, and one window per step in flight plus the one still read.
@@ -104,7 +105,6 @@ class WindowManager(SlidingWindowManager):
         self._first_live_block: dict[str, int] = {}
         # The scheduler asks for every request in every step, so what never changes is not worked out again.
         self._sink_blocks = kv_cache_spec.sink_blocks
-        self._kept_tokens = kv_cache_spec.recent_tokens + ROLLBACK_SLACK_TOKENS
 
     @classmethod
     def find_longest_cache_hit(
@@ -216,10 +216,9 @@ class WindowManager(SlidingWindowManager):
         if not request_blocks:
             return
         first = self._first_live_block.get(request_id, self._sink_blocks)
-        # Block b has left the window when (b + 1) * block_size <= computed - kept (WindowSpec.is_kept).
         end = len(request_blocks)
         if self.kv_cache_spec.recent_tokens:
-            end = min(end, (processed_computed_tokens - self._kept_tokens) // self.block_size)
+            end = min(end, self.kv_cache_spec.first_recent_block(processed_computed_tokens))
         if end <= first:
             return
         freed = [block for block in request_blocks[first:end] if not block.is_null]
