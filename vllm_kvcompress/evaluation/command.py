@@ -15,6 +15,7 @@ import dataclasses
 import json
 import sys
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--max-model-len", type=int, help="default: the largest --context")
     engine.add_argument("--kv-bytes", type=int, help="bytes of KV cache (default: enough for the largest chunk)")
     more = 'further keyword arguments of vllm.LLM, e.g. {"tensor_parallel_size": 2}'
+    jobs = "engines at once, after auto; each takes its own memory for weights and cache (default %(default)s)"
+    engine.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs)
     engine.add_argument("--engine-args", type=_json_object, default={}, metavar="JSON", help=more)
     parser.add_argument("--seed", type=int, default=0, help="of recall sentences and bootstrap (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("kvcompress-eval"), metavar="DIR", help="default: %(default)s")
@@ -100,7 +103,7 @@ def _json_object(value: str) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the engines one after the other and report; 1 if any format failed."""
+    """Run the engines and report; 1 if any format failed."""
     _check_numbers(args)
     sizes = pair_sizes(
         args.context, chunks=args.chunks, recall_depths=args.recall_depths, recall_sentences=args.recall_sentences
@@ -135,37 +138,31 @@ def run(args: argparse.Namespace) -> int:
     outcome = report.Report(settings, [], notes)
     kv_bytes = args.kv_bytes or _kv_bytes(config, largest)
     with tempfile.TemporaryDirectory(prefix="kvcompress-eval-") as scratch:
-        reference: launch.Recorded | None = None
-        for number, spec in enumerate(specs):
-            job = Job(
-                folder=Path(scratch) / str(number),
-                reference_folder=Path(scratch) / "0" if number else None,
-                feed=args.feed,
-                engine_args=engine_arguments(
-                    args.model,
-                    kv_cache_dtype=spec.kv_cache_dtype,
-                    additional_config=spec.additional_config,
-                    feed=args.feed,
-                    max_model_len=args.max_model_len or largest,
-                    kv_bytes=kv_bytes,
-                    dtype=args.dtype,
-                    head_dtype=args.head_dtype,
-                    seed=args.seed,
-                    extra=args.engine_args,
-                ),
-            )
-            log_file = args.out / "logs" / f"{number}-{spec.kv_cache_dtype}.log"
+        jobs = [_job(number, spec, Path(scratch), args, largest, kv_bytes) for number, spec in enumerate(specs)]
+
+        def measure(number: int) -> launch.Recorded:
+            log_file = args.out / "logs" / f"{number}-{specs[number].kv_cache_dtype}.log"
+            return launch.run_engine(jobs[number], prompts, specs[number].label, log_file, bar_line=number)
+
+        try:
+            reference = measure(0)
+        except launch.EngineFailure as failure:
+            raise KVCompressError(f"the reference engine (auto) failed: {failure}") from None
+        outcome.rows.extend(_rows(specs[0], reference, reference, plans, args.seed))
+        report.write_json(outcome, args.out / "eval.json")
+        with ThreadPoolExecutor(args.jobs) as pool:
+            measured: list[Future[launch.Recorded]] = [pool.submit(measure, number) for number in range(1, len(specs))]
             try:
-                recorded = launch.run_engine(job, prompts, spec.label, log_file)
-            except launch.EngineFailure as failure:
-                if reference is None:
-                    raise KVCompressError(f"the reference engine (auto) failed: {failure}") from None
-                outcome.rows.extend(report.Row(spec, plan.context, error=str(failure)) for plan in plans)
-            else:
-                reference = reference or recorded
-                outcome.rows.extend(_rows(spec, recorded, reference, plans, args.seed))
-            # Written after every format: an interrupted run keeps what it has.
-            report.write_json(outcome, args.out / "eval.json")
+                for spec, future in zip(specs[1:], measured, strict=True):
+                    try:
+                        outcome.rows.extend(_rows(spec, future.result(), reference, plans, args.seed))
+                    except launch.EngineFailure as failure:
+                        outcome.rows.extend(report.Row(spec, plan.context, error=str(failure)) for plan in plans)
+                    # Written after every format: an interrupted run keeps what it has.
+                    report.write_json(outcome, args.out / "eval.json")
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # interrupted: start no more engines
+                raise
     print(report.table(outcome))
     written = [str(args.out / "eval.json")]
     if report.write_plot(outcome, args.out / "eval.png"):
@@ -174,6 +171,26 @@ def run(args: argparse.Namespace) -> int:
         print("eval.png was not drawn: matplotlib is not installed", file=sys.stderr)
     print(f"Wrote {' and '.join(written)}")
     return 1 if any(row.error for row in outcome.rows) else 0
+
+
+def _job(number: int, spec: FormatSpec, scratch: Path, args: argparse.Namespace, largest: int, kv_bytes: int) -> Job:
+    return Job(
+        folder=scratch / str(number),
+        reference_folder=scratch / "0" if number else None,
+        feed=args.feed,
+        engine_args=engine_arguments(
+            args.model,
+            kv_cache_dtype=spec.kv_cache_dtype,
+            additional_config=spec.additional_config,
+            feed=args.feed,
+            max_model_len=args.max_model_len or largest,
+            kv_bytes=kv_bytes,
+            dtype=args.dtype,
+            head_dtype=args.head_dtype,
+            seed=args.seed,
+            extra=args.engine_args,
+        ),
+    )
 
 
 def _plan(sizes: Sizes, source: str, tokenizer: Any, windows: list[tuple[int, int]], args: argparse.Namespace) -> Plan:
@@ -223,7 +240,16 @@ def _common_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    least = {"context": 2, "chunks": 1, "feed": 1, "recall_depths": 0, "recall_sentences": 1, "seed": 0, "kv_bytes": 1}
+    least = {
+        "context": 2,
+        "chunks": 1,
+        "feed": 1,
+        "recall_depths": 0,
+        "recall_sentences": 1,
+        "seed": 0,
+        "kv_bytes": 1,
+        "jobs": 1,
+    }
     for name, low in least.items():
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:

@@ -40,8 +40,8 @@ class Recorded:
     agree: list[np.ndarray] | None
 
 
-def run_engine(job: Job, prompts: list[Prompt], label: str, log_file: Path) -> Recorded:
-    """Start the process, show its progress, collect its results.
+def run_engine(job: Job, prompts: list[Prompt], label: str, log_file: Path, *, bar_line: int = 0) -> Recorded:
+    """Start the process, show its progress on line `bar_line` below the cursor, collect its results.
 
     Raises:
         EngineFailure: with the engine's own reason and where its log lies.
@@ -63,7 +63,7 @@ def run_engine(job: Job, prompts: list[Prompt], label: str, log_file: Path) -> R
     fed = list(itertools.accumulate((len(prompt.fed) for prompt in prompts), initial=0))
     with (
         log_file.open("wb") as log,
-        tqdm(total=fed[-1], desc=label, unit="tok", unit_scale=True, file=sys.stderr) as bar,
+        tqdm(total=fed[-1], desc=label, unit="tok", unit_scale=True, file=sys.stderr, position=bar_line) as bar,
     ):
         bar.set_postfix_str("engine starts")
         process = subprocess.Popen(
