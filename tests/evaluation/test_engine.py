@@ -73,13 +73,13 @@ def test_an_engine_that_refuses_says_why(tmp_path, tiny_model, prompts):
         run_engine(broken, prompts, "oscar-int2", tmp_path / "0.log")
 
 
-def evaluate(out, model, *arguments):
-    """eval.json of `kvcompress eval` for int2 on made-up text."""
+def evaluate(out, model, *arguments, status=0):
+    """eval.json of `kvcompress eval`, for int2 unless the arguments say otherwise, on made-up text."""
     rng = np.random.default_rng(6)
     data = out.parent / "text.txt"
     data.write_text("\n".join(" ".join(f"w{word}" for word in rng.integers(0, 300, 12)) for _ in range(300)))
     base = ["eval", str(model), "--formats", "int2", "--data", str(data), "--sinks", "16", "--recent", "64"]
-    assert main([*base, "--recall-sentences", "1", "--out", str(out), *arguments]) == 0
+    assert main([*base, "--recall-sentences", "1", "--out", str(out), *arguments]) == status
     return json.loads((out / "eval.json").read_text())
 
 
@@ -103,6 +103,20 @@ def test_the_command(one_context):
     assert int2["additional_config"] == {"kvcompress": {"sink_tokens": 16, "recent_tokens": 64}}
     pytest.importorskip("matplotlib")
     assert (out / "eval.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_engines_at_once(tmp_path, tiny_model, one_context):
+    """The figures are those of engines that ran one after the other; an engine that refuses costs only its row."""
+    sizes = ["--chunks", "2", "--context", "256", "--recall-depths", "2"]
+    # No rotation file lies beside the model.
+    formats = ["--formats", "oscar-int2,int2", "--jobs", "3"]
+    report = evaluate(tmp_path / "out", tiny_model, *sizes, *formats, status=1)
+    auto, oscar, int2 = report["formats"]
+    assert (auto["format"], oscar["format"], int2["format"]) == ("auto", "oscar-int2", "int2")
+    assert "rotation" in oscar["error"]
+    for together, alone in zip((auto, int2), one_context[0]["formats"], strict=True):
+        assert together["text"] == alone["text"]
+        assert together["recall"] == alone["recall"]
 
 
 def test_several_contexts_share_an_engine(tmp_path, tiny_model, one_context, capsys):

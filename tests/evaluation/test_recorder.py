@@ -6,7 +6,8 @@ import secrets
 import pytest
 import torch
 
-from vllm_kvcompress.evaluation.recorder import Recording
+from vllm_kvcompress.evaluation import recorder
+from vllm_kvcompress.evaluation.recorder import EvaluationRecorder, Recording
 
 N, D, VOCABULARY, FEED = 50, 8, 31, 16
 START, STOP = 20, 41
@@ -174,3 +175,22 @@ def test_ranks_without_logits_keep_hidden_states_only(prompt, hidden):
     recording = Recording(prompt, START, STOP, None, FEED)
     feed(recording, Silent(), prompt, hidden, [16, 16, 16, 2])
     assert recording.tensors().keys() == {"hidden"}
+
+
+def test_a_result_file_appears_whole(tmp_path, monkeypatch, head, prompt, hidden):
+    """Another engine may be waiting for it."""
+    recording = Recording(prompt, START, STOP, None, FEED)
+    feed(recording, head, prompt, hidden, [16, 16, 16, 2])
+    file = tmp_path / "prompt0.safetensors"
+    save_file = recorder.save_file
+
+    def save(tensors, path):
+        save_file(tensors, path)
+        assert not file.exists()
+
+    monkeypatch.setattr(recorder, "save_file", save)
+    worker = EvaluationRecorder()
+    worker._kvcompress_eval = recording, torch.nn.Identity().register_forward_hook(lambda *args: None)
+    assert worker.kvcompress_eval_end(str(file)) == FEED
+    assert recorder.load_file(file).keys() == {"hidden", "logprob", "top1"}
+    assert list(tmp_path.iterdir()) == [file]

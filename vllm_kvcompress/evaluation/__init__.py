@@ -21,6 +21,9 @@ one number per position: KL(reference || format) over the whole vocabulary, in n
 prompts of every context, one request at a time; its figures at one context are those of a run of that context alone.
 Chunks of one context are disjoint; those of different contexts are cut from the same text and overlap.
 
+**Several engines at once.** With `--jobs` above 1 the engines start together with the reference and wait at each prompt
+for its hidden states of that prompt. Files another process looks for are written under another name first.
+
 Modules: `specs` what to run; `text`, `recall`, `prompts` what to feed and `plan` how much of it at each context;
 `launch` the process, `engine` and `recorder` the run inside it; `metrics` figures and intervals; `report` table, JSON
 and PNG; `command` the command line.

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--max-model-len", type=int, help="default: the largest --context")
     engine.add_argument("--kv-bytes", type=int, help="bytes of KV cache (default: enough for the largest chunk)")
     more = 'further keyword arguments of vllm.LLM, e.g. {"tensor_parallel_size": 2}'
-    jobs = "engines at once, after auto; each takes its own memory for weights and cache (default %(default)s)"
+    jobs = (
+        "engines at once, auto among them; each takes its own memory for weights and cache, and on one GPU starts only "
+        "if gpu_memory_utilization in --engine-args leaves room for the others (default %(default)s)"
+    )
     engine.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs)
     engine.add_argument("--engine-args", type=_json_object, default={}, metavar="JSON", help=more)
     parser.add_argument("--seed", type=int, default=0, help="of recall sentences and bootstrap (default %(default)s)")
@@ -138,31 +142,25 @@ def run(args: argparse.Namespace) -> int:
     outcome = report.Report(settings, [], notes)
     kv_bytes = args.kv_bytes or _kv_bytes(config, largest)
     with tempfile.TemporaryDirectory(prefix="kvcompress-eval-") as scratch:
-        jobs = [_job(number, spec, Path(scratch), args, largest, kv_bytes) for number, spec in enumerate(specs)]
-
-        def measure(number: int) -> launch.Recorded:
-            log_file = args.out / "logs" / f"{number}-{specs[number].kv_cache_dtype}.log"
-            return launch.run_engine(jobs[number], prompts, specs[number].label, log_file, bar_line=number)
-
-        try:
-            reference = measure(0)
-        except launch.EngineFailure as failure:
-            raise KVCompressError(f"the reference engine (auto) failed: {failure}") from None
-        outcome.rows.extend(_rows(specs[0], reference, reference, plans, args.seed))
-        report.write_json(outcome, args.out / "eval.json")
-        with ThreadPoolExecutor(args.jobs) as pool:
-            measured: list[Future[launch.Recorded]] = [pool.submit(measure, number) for number in range(1, len(specs))]
-            try:
-                for spec, future in zip(specs[1:], measured, strict=True):
-                    try:
-                        outcome.rows.extend(_rows(spec, future.result(), reference, plans, args.seed))
-                    except launch.EngineFailure as failure:
-                        outcome.rows.extend(report.Row(spec, plan.context, error=str(failure)) for plan in plans)
-                    # Written after every format: an interrupted run keeps what it has.
-                    report.write_json(outcome, args.out / "eval.json")
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # interrupted: start no more engines
-                raise
+        tasks = [
+            launch.Task(
+                _job(number, spec, Path(scratch), args, largest, kv_bytes),
+                spec.label,
+                args.out / "logs" / f"{number}-{spec.kv_cache_dtype}.log",
+            )
+            for number, spec in enumerate(specs)
+        ]
+        with closing(launch.run_engines(tasks, prompts, at_once=args.jobs)) as results:
+            reference = next(results)
+            if isinstance(reference, launch.EngineFailure):
+                raise KVCompressError(f"the reference engine (auto) failed: {reference}")
+            for spec, recorded in zip(specs, itertools.chain([reference], results), strict=True):
+                if isinstance(recorded, launch.EngineFailure):
+                    outcome.rows.extend(report.Row(spec, plan.context, error=str(recorded)) for plan in plans)
+                else:
+                    outcome.rows.extend(_rows(spec, recorded, reference, plans, args.seed))
+                # Written after every format: an interrupted run keeps what it has.
+                report.write_json(outcome, args.out / "eval.json")
     print(report.table(outcome))
     written = [str(args.out / "eval.json")]
     if report.write_plot(outcome, args.out / "eval.png"):

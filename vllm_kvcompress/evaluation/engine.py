@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_kvcompress.errors import KVCompressError
+
+_POLL_SECONDS = 0.05
 
 
 class Job(BaseModel):
@@ -23,10 +26,12 @@ class Job(BaseModel):
     folder: Path
     """Where prompts.json lies, and results, summary.json or error.txt go."""
     reference_folder: Path | None
-    """The reference's folder; None when this is the reference."""
+    """The reference's folder; None when this is the reference. It may still be filling."""
     feed: int
     engine_args: dict[str, Any]
     """Keyword arguments of vllm.LLM."""
+    parent: int = Field(default_factory=os.getpid)
+    """Who wants the results: the process that makes the job and starts its engine."""
 
     def result_file(self, index: int) -> Path:
         return self.folder / f"prompt{index}.safetensors"
@@ -36,12 +41,26 @@ class Job(BaseModel):
         """One byte for each prompt done."""
         return self.folder / "progress"
 
+    @property
+    def error_file(self) -> Path:
+        return self.folder / "error.txt"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.folder / "summary.json"
+
+    @property
+    def reference(self) -> Job | None:
+        """Where the reference's files lie."""
+        return None if self.reference_folder is None else self.model_copy(update={"folder": self.reference_folder})
+
 
 class Summary(BaseModel):
     """What the engine reports about itself."""
 
     start_seconds: float
     feed_seconds: float
+    """Without waiting for the reference."""
     largest_step: int
     versions: dict[str, str]
     device: str
@@ -98,8 +117,11 @@ def run_job(job: Job) -> Summary:
     ready = time.perf_counter()
     sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
     largest = 0
+    waited = 0.0
     for index, prompt in enumerate(prompts):
-        reference = job.reference_folder and str(job.reference_folder / job.result_file(index).name)
+        asked = time.perf_counter()
+        reference = await_reference(job, index)
+        waited += time.perf_counter() - asked
         llm.collective_rpc(
             "kvcompress_eval_begin", args=(prompt["tokens"], prompt["start"], prompt["stop"], reference, job.feed)
         )
@@ -110,10 +132,29 @@ def run_job(job: Job) -> Summary:
             progress.write(b".")
     return Summary(
         start_seconds=ready - started,
-        feed_seconds=time.perf_counter() - ready,
+        feed_seconds=time.perf_counter() - ready - waited,
         largest_step=largest,
         **_describe(llm),
     )
+
+
+def await_reference(job: Job, index: int) -> str | None:
+    """File of the reference's result of one prompt, once it is there; None when this is the reference.
+
+    Raises:
+        KVCompressError: it will not come, or nobody is left to want it.
+    """
+    while True:
+        if os.getppid() != job.parent:
+            raise KVCompressError(f"the evaluation that started this engine (process {job.parent}) has ended")
+        reference = job.reference
+        if reference is None:
+            return None
+        if reference.result_file(index).exists():
+            return str(reference.result_file(index))
+        if reference.error_file.exists():
+            raise KVCompressError(f"the reference engine failed: {reference.error_file.read_text().strip()}")
+        time.sleep(_POLL_SECONDS)
 
 
 def _describe(llm: Any) -> dict[str, Any]:
@@ -151,10 +192,17 @@ def main(argv: list[str]) -> int:
         summary = run_job(job)
     except BaseException as error:
         traceback.print_exc()
-        (job.folder / "error.txt").write_text(_reason(error))
+        _write(job.error_file, _reason(error))
         return 1
-    (job.folder / "summary.json").write_text(summary.model_dump_json())
+    _write(job.summary_file, summary.model_dump_json())
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: another process may be looking for the file."""
+    partial = path.with_suffix(".part")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 if __name__ == "__main__":

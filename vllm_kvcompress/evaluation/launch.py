@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run one format's engine in its own process: memory is freed at its end, and its crash costs one row, not the run."""
+"""Run each format's engine in its own process: memory is freed at its end, and its crash costs one row, not the run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import json
 import os
 import subprocess
 import sys
-import time
+import threading
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,7 @@ _LOG_TAIL_LINES = 12
 
 
 class EngineFailure(KVCompressError):
-    """An engine did not start, or died."""
+    """An engine did not start, died, or was stopped."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,61 @@ class Recorded:
     agree: list[np.ndarray] | None
 
 
-def run_engine(job: Job, prompts: list[Prompt], label: str, log_file: Path, *, bar_line: int = 0) -> Recorded:
-    """Start the process, show its progress on line `bar_line` below the cursor, collect its results.
+@dataclass(frozen=True)
+class Task:
+    """One engine to run, under the name it has on screen."""
+
+    job: Job
+    label: str
+    log_file: Path
+
+
+def run_engines(
+    tasks: Sequence[Task], prompts: list[Prompt], *, at_once: int
+) -> Generator[Recorded | EngineFailure, None, None]:
+    """Results in the order of `tasks`, of at most `at_once` engines running together and started in that order.
+
+    The failure of a reference stops all others, as closing the iterator does: no process outlives it. Close it
+    (`contextlib.closing`), or an exception between two results leaves that to the garbage collector.
+    """
+    stop = threading.Event()
+
+    def run(task: Task) -> Recorded | EngineFailure:
+        try:
+            return run_engine(task.job, prompts, task.label, task.log_file, stop=stop)
+        except EngineFailure as failure:
+            if task.job.reference_folder is None:
+                stop.set()
+            return failure
+
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            futures = [pool.submit(run, task) for task in tasks]
+            turn = 0
+            for future in as_completed(futures):
+                future.result()  # What is not an engine's failure is raised here, out of turn.
+                while turn < len(futures) and futures[turn].done():
+                    yield futures[turn].result()
+                    turn += 1
+        finally:
+            # Exceptions, Ctrl-C among them, are raised in this thread; the others poll the processes.
+            stop.set()
+
+
+def run_engine(
+    job: Job, prompts: list[Prompt], label: str, log_file: Path, *, stop: threading.Event | None = None
+) -> Recorded:
+    """Start the process, show its progress on a line of its own, collect its results.
+
+    Args:
+        stop: ends the process when set, from any thread.
 
     Raises:
         EngineFailure: with the engine's own reason and where its log lies.
     """
+    stop = stop or threading.Event()
+    if stop.is_set():
+        raise EngineFailure("stopped before it was started")
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "prompts.json").write_text(json.dumps([dataclasses.asdict(prompt) for prompt in prompts]))
     job_file = job.folder / "job.json"
@@ -63,7 +114,8 @@ def run_engine(job: Job, prompts: list[Prompt], label: str, log_file: Path, *, b
     fed = list(itertools.accumulate((len(prompt.fed) for prompt in prompts), initial=0))
     with (
         log_file.open("wb") as log,
-        tqdm(total=fed[-1], desc=label, unit="tok", unit_scale=True, file=sys.stderr, position=bar_line) as bar,
+        # The lowest free line below the cursor, given free at the end.
+        tqdm(total=fed[-1], desc=label, unit="tok", unit_scale=True, file=sys.stderr, leave=False) as bar,
     ):
         bar.set_postfix_str("engine starts")
         process = subprocess.Popen(
@@ -74,18 +126,28 @@ def run_engine(job: Job, prompts: list[Prompt], label: str, log_file: Path, *, b
             env=environ,
         )
         try:
-            while process.poll() is None:
+            while process.poll() is None and not stop.wait(_POLL_SECONDS):
                 _advance(bar, job, fed)
-                time.sleep(_POLL_SECONDS)
         finally:
-            if process.poll() is None:  # interrupted
+            if process.poll() is None:  # interrupted or stopped
                 process.terminate()
                 try:
                     process.wait(10)
                 except subprocess.TimeoutExpired:
                     process.kill()
+                    process.wait()
         _advance(bar, job, fed)
-    if not (job.folder / "summary.json").exists():
+        failed = not job.summary_file.exists()
+        if failed:
+            bar.set_postfix_str("stopped" if stop.is_set() else "failed")
+        # Rate None: the average.
+        last_line = bar.format_meter(**{**bar.format_dict, "rate": None})
+    # Above the lines of the engines that still run; a bar left behind would fall into them. A bar that was cleared may
+    # have left the cursor anywhere in the line.
+    tqdm.write(f"\r{last_line}", file=sys.stderr)
+    if failed and stop.is_set():
+        raise EngineFailure("stopped")
+    if failed:
         raise EngineFailure(_reason(job, process.returncode, log_file))
     return _collect(job, len(prompts))
 
@@ -98,9 +160,8 @@ def _advance(bar: tqdm, job: Job, fed: list[int]) -> None:
 
 
 def _reason(job: Job, returncode: int | None, log_file: Path) -> str:
-    error_file = job.folder / "error.txt"
-    if error_file.exists():
-        return f"{error_file.read_text().strip()} (log: {log_file})"
+    if job.error_file.exists():
+        return f"{job.error_file.read_text().strip()} (log: {log_file})"
     tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
     return f"the engine ended with status {returncode} (log: {log_file}):\n{tail}"
 
@@ -113,7 +174,7 @@ def _collect(job: Job, count: int) -> Recorded:
             for name in set(tensors.keys()) - {"hidden"}:
                 columns.setdefault(name, []).append(tensors.get_tensor(name))
     return Recorded(
-        summary=Summary.model_validate_json((job.folder / "summary.json").read_text()),
+        summary=Summary.model_validate_json(job.summary_file.read_text()),
         logprob=columns["logprob"],
         top1=columns["top1"],
         kl=columns.get("kl"),

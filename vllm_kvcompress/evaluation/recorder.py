@@ -122,6 +122,7 @@ class EvaluationRecorder:
         handle.remove()
         del self._kvcompress_eval
         if getattr(self, "rank", 0) == 0:
+            # Whole or not at all: another engine may be waiting for the file.
             partial = Path(result_file).with_suffix(".part")
             save_file(recording.tensors(), partial)
             partial.replace(result_file)
