@@ -2,6 +2,7 @@
 """Every private seam of vLLM this package leans on, one test each: a failure names the seam that moved."""
 
 import dataclasses
+import importlib.util
 import inspect
 from typing import get_args
 
@@ -218,3 +219,31 @@ def test_config_fields_seam():
         assert isinstance(inspect.getattr_static(VllmConfig, name), property), name
     assert isinstance(inspect.getattr_static(ParallelConfig, "use_ubatching"), property)
     assert callable(SpeculativeConfig.use_ngram)
+
+
+def test_capacity_seam():
+    """What counts blocks and tokens: 0.32's kv_cache_utils groups layers itself, 0.33's kv_cache_planning is given."""
+    from vllm.config import CacheConfig, ModelConfig
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
+
+    given = ["vllm_config", "kv_cache_specs", "available_memory"]
+    if importlib.util.find_spec("vllm.v1.core.kv_cache_planning"):
+        planning = importlib.import_module("vllm.v1.core.kv_cache_planning")
+        assert parameters(planning.get_global_kv_cache_groups) == given[:2]
+        assert parameters(planning.get_kv_cache_configs) == [*given, "global_kv_cache_groups"]
+    else:
+        assert parameters(kv_cache_utils.get_kv_cache_configs) == given
+    assert parameters(kv_cache_utils.get_kv_cache_capacity) == ["vllm_config", "kv_cache_config"]
+    assert parameters(kv_cache_utils.generate_scheduler_kv_cache_config) == ["kv_cache_configs"]
+    assert compat.DEFAULT_BLOCK_SIZES["gpu"] == CacheConfig.DEFAULT_BLOCK_SIZE
+    assert "kv_cache_layout" in {field.name for field in dataclasses.fields(CacheConfig)}
+    # What asks for the longest request that fits, -1, is remembered there.
+    assert "self.original_max_model_len = " in inspect.getsource(ModelConfig)
+    for name in ("verify_with_parallel_config", "get_num_kv_heads", "get_num_layers"):
+        assert hasattr(ModelConfig, name), name
+    assert parameters(kv_cache_dtype_str_to_dtype) == ["kv_cache_dtype", "model_config"]
+    assert parameters(get_kv_quant_mode) == ["kv_cache_dtype"]
+    names = {field.name for field in dataclasses.fields(FullAttentionSpec)}
+    assert {"block_size", "num_kv_heads", "head_size", "dtype", "kv_quant_mode"} <= names

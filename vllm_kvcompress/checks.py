@@ -88,8 +88,10 @@ def check_config(vllm_config: VllmConfig) -> None:
     """
     if vllm_config.model_config is None or not is_ours(vllm_config.cache_config.cache_dtype):
         return
-    for reason in _unsupported(vllm_config):
-        raise UnsupportedModelError(f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}: {reason}")
+    for reason in unsupported_reasons(vllm_config):
+        raise UnsupportedModelError(
+            f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}: {reason}. Otherwise use --kv-cache-dtype auto."
+        )
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     resolved = resolve(vllm_config)
     head_size = model_config.get_head_size()
@@ -166,8 +168,8 @@ def _check_rotation(vllm_config: VllmConfig, resolved: Resolved) -> None:
     )
 
 
-def _unsupported(vllm_config: VllmConfig) -> list[str]:
-    """Reasons, most fundamental first, each naming what the user can do."""
+def unsupported_reasons(vllm_config: VllmConfig) -> list[str]:
+    """Why our formats cannot serve a configuration, most fundamental first, each naming what the user can do."""
     model_config, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     text_config: Any = model_config.hf_text_config
     found = [
@@ -204,7 +206,7 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
             "the 16-bit windows need the hybrid KV cache manager; remove --disable-hybrid-kv-cache-manager",
         ),
     ]
-    return [f"{reason}. Otherwise use --kv-cache-dtype auto." for wrong, reason in found if wrong]
+    return [reason for wrong, reason in found if wrong]
 
 
 def _unsupported_drafts(speculative_config: Any) -> str:

@@ -7,6 +7,7 @@ Served: 0.32 and 0.33. `tests/test_upstream_compatibility.py` names the seam tha
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -153,6 +154,69 @@ def register_cache_spec(spec: type, manager: type) -> None:
 
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)
+
+
+DEFAULT_BLOCK_SIZES = {"gpu": 16, "cpu": 128}
+"""Tokens of a block where neither --block-size nor a cache dtype of ours decides.
+
+0.32, 0.33: every attention backend for CUDA takes CacheConfig.DEFAULT_BLOCK_SIZE, but for head size 256 with
+FlashAttention 4; the CPU's platform sets its own.
+"""
+
+
+def attention_spec(vllm_config: Any) -> Any:
+    """Spec of a decoder layer's KV cache before its backend customises it; the same for all layers.
+
+    0.32, 0.33: vllm/model_executor/layers/attention/attention.py, `Attention.get_kv_cache_spec`, full attention.
+    """
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
+
+    model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
+    return FullAttentionSpec(
+        block_size=cache_config.block_size,
+        num_kv_heads=model_config.get_num_kv_heads(vllm_config.parallel_config),
+        head_size=model_config.get_head_size(),
+        dtype=kv_cache_dtype_str_to_dtype(cache_config.cache_dtype, model_config),
+        kv_quant_mode=get_kv_quant_mode(cache_config.cache_dtype),
+    )
+
+
+def fit_kv_cache(vllm_config: Any, specs: dict[str, Any], memory_bytes: int) -> tuple[Any, int]:
+    """(KV cache configuration that the scheduler gets, longest request) for one worker's specs and memory.
+
+    The longest request is vLLM's own bisection for `--max-model-len auto`, up to `model_config.max_model_len`, which it
+    overwrites. The layout of pages does not change their number; the engine core, which is not there, would set it.
+
+    0.32: vllm/v1/core/kv_cache_utils.py, which groups the layers itself. 0.33: kv_cache_planning.py, given the groups.
+
+    Raises:
+        ValueError: not even one token fits.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    vllm_config.cache_config.kv_cache_layout = "LBHNC"
+    vllm_config.model_config.original_max_model_len = -1
+    planning: Any
+    try:
+        planning = importlib.import_module("vllm.v1.core.kv_cache_planning")
+    except ImportError:
+        planning = kv_cache_utils
+        configs = planning.get_kv_cache_configs(vllm_config, [specs], [memory_bytes])
+    else:
+        groups = planning.get_global_kv_cache_groups(vllm_config, [specs])
+        configs = planning.get_kv_cache_configs(vllm_config, [specs], [memory_bytes], groups)
+    return kv_cache_utils.generate_scheduler_kv_cache_config(configs), vllm_config.model_config.max_model_len
+
+
+def kv_cache_capacity(vllm_config: Any, kv_cache_config: Any) -> tuple[int, float]:
+    """(tokens, requests of max_model_len) that vLLM logs as KV cache size and maximum concurrency.
+
+    0.32, 0.33: vllm/v1/core/kv_cache_utils.py.
+    """
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
+
+    return get_kv_cache_capacity(vllm_config, kv_cache_config)
 
 
 def device_capability() -> tuple[int, int] | None:

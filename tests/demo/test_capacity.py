@@ -4,7 +4,8 @@
 import pytest
 from transformers import LlamaConfig
 
-from vllm_kvcompress.demo.capacity import Geometry, head_bytes_per_token, read_geometry, table
+from vllm_kvcompress.capacity.geometry import Geometry, head_bytes_per_token, read_geometry
+from vllm_kvcompress.demo.capacity import table
 from vllm_kvcompress.formats import format_names, get_format
 
 SMOLLM2 = Geometry(num_layers=30, num_kv_heads=3, head_dim=64, max_positions=8192)

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from vllm_kvcompress import rotations
+from vllm_kvcompress.capacity.geometry import read_geometry
 from vllm_kvcompress.demo import capacity
 from vllm_kvcompress.demo.model import DEFAULT_MODEL, SOURCES, fetch_model
 from vllm_kvcompress.demo.question import MESSAGES, QUESTION, TEXT
@@ -108,7 +109,7 @@ def _calibrate_once(model: str, folder: Path) -> None:
 
 
 def _serve_and_ask(model: str, folder: Path, args: argparse.Namespace) -> None:
-    geometry = capacity.read_geometry(folder)
+    geometry = read_geometry(folder)
     max_model_len = min(args.max_model_len, geometry.max_positions)
     memory = args.kv_cache_memory_bytes
     arguments = [
