@@ -118,11 +118,14 @@ def kernel_case(vllm_config: VllmConfig) -> Case:
     """What this engine's layers ask of their kernels."""
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     assert isinstance(model_config.dtype, torch.dtype)  # vLLM has resolved "auto" by now
+    page_format = get_format(vllm_config.cache_config.cache_dtype)
     return Case(
         head_dim=model_config.get_head_size(),
         page_tokens=_page_tokens(vllm_config),
         group=model_config.get_num_attention_heads(parallel) // model_config.get_num_kv_heads(parallel),
         dtype=model_config.dtype,
+        page_format=page_format.name,
+        has_gpu_kernels=page_format.has_gpu_kernels,
     )
 
 
