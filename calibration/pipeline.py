@@ -89,6 +89,7 @@ def calibrate(
     for layer_id, (k_clip, v_clip) in errors.best().items():
         rotations[layer_id] = replace(rotations[layer_id], k_clip=k_clip, v_clip=v_clip)
     measured = sensitivity.measure(model, max(judged, key=len)[:2048])
+    channels = {layer_id: layer.channels_by_energy() for layer_id, layer in moments.layers.items()}
     config = model.config.get_text_config()
     metadata = RotationMetadata(
         model=name,
@@ -113,6 +114,8 @@ def calibrate(
         },
         source="calibrate",
         sensitivity=[measured[layer_id] for layer_id in rotations],
+        k_channels=[channels[layer_id][0] for layer_id in rotations],
+        v_channels=[channels[layer_id][1] for layer_id in rotations],
     )
     return Calibration(RotationSet(metadata, rotations), moments, errors)
 

@@ -32,7 +32,7 @@ class Resolved:
     sink_tokens: int
     recent_tokens: int
     rotation: Path | None
-    """Rotation file; None for formats that need none."""
+    """Rotation file; None for formats that need none, or that would take from it which channels are outliers."""
     kernels: KernelSetting
 
     @property
@@ -64,9 +64,9 @@ def _resolve(
     page_format = get_format(cache_dtype)
     sinks, recent = settings.windows(model)
     rotation = None
-    if page_format.needs_calibration:
-        folder = rotations.model_folder(model, revision, download_dir)
-        rotation = rotations.find_rotation(model, folder, settings.rotation)
+    if page_format.needs_calibration or page_format.splits_channels:
+        find = rotations.find_rotation if page_format.needs_calibration else rotations.find_optional_rotation
+        rotation = find(model, rotations.model_folder(model, revision, download_dir), settings.rotation)
     elif settings.rotation is not None:
         raise KVCompressError(
             f"--kv-cache-dtype {page_format.name} uses no rotation file, but rotation={settings.rotation} is set; "

@@ -172,10 +172,10 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         if page_format.rotation == "hadamard":
             matrix = hadamard(self.head_size).to(device).expand(self.num_kv_heads, -1, -1)
             self._k_rotation = self._v_rotation = matrix
-        if page_format.rotation == "random" and self._k_rotation is None:  # what pages hold is never rotated anew
-            order = torch.arange(self.head_size, device=device).expand(self.num_kv_heads, -1)
-            self._set_random_rotations(order, order)
-            self._chooses_outliers = len(page_format.keys.bits) > 1
+        if page_format.rotation == "random":
+            if self._k_rotation is None:  # never anew: pages may hold tokens rotated by it
+                self._load_random_rotations(layer_index)
+            return
         if self._resolved.rotation is None:
             return
         layer = _read_rotation(self._resolved.rotation).layers[layer_index]
@@ -185,6 +185,27 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         self._clip_k, self._clip_v = layer.k_clip[heads].to(device), layer.v_clip[heads].to(device)
         if page_format.centring == "static":
             self._k_mean = layer.k_mean[heads].to(device)
+
+    def _load_random_rotations(self, layer_index: int) -> None:
+        device = self._vllm_config.device_config.device
+        unsplit = torch.arange(self.head_size, device=device).expand(self.num_kv_heads, -1)
+        self._set_random_rotations(unsplit, unsplit)
+        if not self._resolved.page_format.splits_channels:
+            return
+        path = self._resolved.rotation
+        metadata = None if path is None else _read_rotation(path).metadata
+        self._chooses_outliers = metadata is None or not metadata.k_channels
+        if metadata is None or self._chooses_outliers:
+            missing = "" if path is None else f": {path} does not say, it was made by an earlier release"
+            _say_once(f"{self.kv_cache_dtype}: the first prompt decides which channels are outliers{missing}")
+            return
+        heads = self._own_kv_heads(metadata.num_kv_heads)
+        index = metadata.layer_ids.index(layer_index)
+        k_order, v_order = (
+            torch.tensor(channels[index], device=device)[heads]
+            for channels in (metadata.k_channels, metadata.v_channels)
+        )
+        self._set_random_rotations(k_order, v_order)
 
     def _set_random_rotations(self, k_order: torch.Tensor, v_order: torch.Tensor) -> None:
         """k_order, v_order: [H, D] int64, the channels of each head, outliers first."""

@@ -170,6 +170,11 @@ class PageFormat(BaseModel):
         return self.rotation == "calibrated" or self.centring == "static"
 
     @property
+    def splits_channels(self) -> bool:
+        """Whether outlier channels have a quantiser of their own: a calibration file may say which they are."""
+        return len(self.keys.bits) > 1 or len(self.values.bits) > 1
+
+    @property
     def has_gpu_kernels(self) -> bool:
         """Whether the Triton and CUDA kernels read and write this format."""
         return self.keys == self.values == TWO_BIT
