@@ -71,7 +71,7 @@ def test_spec_registry_seam():
         sliding_window=65,
         sink_tokens=32,
         recent_tokens=64,
-        max_concurrent_batches=1,
+        rollback_tokens=0,
     )
     assert KVCacheSpecRegistry.get_manager_class(spec) is WindowManager
 
@@ -214,6 +214,7 @@ def test_config_fields_seam():
         "get_total_num_hidden_layers",
     ):
         assert hasattr(ModelConfig, name), name
-    assert isinstance(inspect.getattr_static(VllmConfig, "max_concurrent_batches"), property)
+    for name in ("max_concurrent_batches", "num_speculative_tokens"):
+        assert isinstance(inspect.getattr_static(VllmConfig, name), property), name
     assert isinstance(inspect.getattr_static(ParallelConfig, "use_ubatching"), property)
     assert callable(SpeculativeConfig.use_ngram)

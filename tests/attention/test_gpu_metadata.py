@@ -245,7 +245,7 @@ def builders(config):
 
 def test_builders_on_the_torch_path(configure, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for kernels in ("auto", "torch"):
+    for kernels in ("torch",) if torch.cuda.is_available() else ("auto", "torch"):
         config = configure(kernels)
         for builder in builders(config):
             assert builder.get_cudagraph_support(config, builder.kv_cache_spec) == AttentionCGSupport.NEVER
@@ -263,6 +263,7 @@ def test_builders_on_the_gpu_path(configure, monkeypatch):
         assert builder.get_cudagraph_support(config, builder.kv_cache_spec) == AttentionCGSupport.UNIFORM_BATCH
         assert builder.get_varlen_cudagraph_max_query_len(config, builder.kv_cache_spec) == 1
     assert main.reorder_batch_threshold == 1 and window.reorder_batch_threshold is None
+    assert window.kv_cache_spec.rollback_tokens == 0
     requests = [(700, 1), (0, 9), (200, 40)]
     common = common_metadata(requests)
     metadata = main.build(0, common)
@@ -281,7 +282,8 @@ def test_drafts_are_decoded(configure, monkeypatch):
     config = configure(
         "triton", speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
     )
-    main, _ = builders(config)
+    main, window = builders(config)
+    assert window.kv_cache_spec.rollback_tokens == 3 * config.max_concurrent_batches
     assert main.reorder_batch_threshold == 4
     assert main.get_varlen_cudagraph_max_query_len(config, main.kv_cache_spec) == 4
     metadata = main.build(0, common_metadata([(700, 4), (300, 1), (0, 5)]))

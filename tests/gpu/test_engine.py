@@ -14,8 +14,11 @@ RUN = f"""
 import json, sys
 from vllm import LLM, SamplingParams
 model, text_file, graphs = sys.argv[1:4]
+# Memory is given, not measured: vLLM refuses to start where another process frees memory meanwhile. The utilisation is
+# what must be free at the start.
 llm = LLM(model, kv_cache_dtype="oscar-int2", max_model_len=8192, max_num_batched_tokens=1024, max_num_seqs=8,
-          gpu_memory_utilization=0.3, enable_prefix_caching=False, seed=0,
+          gpu_memory_utilization=0.1, kv_cache_memory_bytes=1 << 30, enable_flashinfer_autotune=False,
+          enable_prefix_caching=False, seed=0,
           compilation_config={{}} if graphs == "graphs" else {{"cudagraph_mode": "NONE"}})
 ids = llm.get_tokenizer()(open(text_file, encoding="utf-8").read())["input_ids"]
 prompts = [{{"prompt_token_ids": ids[:length]}} for length in (5, 129, 700, 3000)]

@@ -76,19 +76,22 @@ class Batch:
     def run(self, device, windows=True, num_splits=1, out_dtype=torch.float32, max_query_len=None):
         out = torch.full(self.q.shape, torch.nan, dtype=out_dtype, device=device)
         elements = workspace_elements(*self.q.shape, num_splits)
-        # Not `to`: that would close the gaps between pages.
-        pages = torch.empty_strided(self.pages.shape, self.pages.stride(), dtype=torch.uint8, device=device)
+
+        def moved(cache):
+            # Not `to`: on its way to another device that would close the gaps between pages or blocks.
+            return torch.empty_strided(cache.shape, cache.stride(), dtype=cache.dtype, device=device).copy_(cache)
+
         attend(
             self.q.to(device),
             self.new_kv.to(device),
-            pages.copy_(self.pages),
+            moved(self.pages),
             self.layout,
             self.table.to(device),
             self.starts.to(device),
             self.lengths.to(device),
             out,
             scale=SCALE,
-            window_cache=self.windows.to(device) if windows else None,
+            window_cache=moved(self.windows) if windows else None,
             window_table=self.window_table.to(device) if windows else None,
             window_dtype=self.window_dtype,
             sink_tokens=self.sinks,

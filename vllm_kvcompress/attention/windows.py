@@ -23,9 +23,6 @@ from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
 from vllm_kvcompress import compat
 
-# Tokens kept beyond the window, so that a step whose last tokens are taken back still finds its window.
-ROLLBACK_SLACK_TOKENS = 16
-
 
 @dataclass(frozen=True, kw_only=True)
 class WindowSpec(SlidingWindowSpec):
@@ -36,7 +33,8 @@ class WindowSpec(SlidingWindowSpec):
 
     sink_tokens: int
     recent_tokens: int
-    max_concurrent_batches: int
+    rollback_tokens: int
+    """By how many tokens a step may begin before the end of an earlier one: drafts that are taken back."""
 
     @property
     def num_retained_tokens(self) -> int:
@@ -53,19 +51,21 @@ class WindowSpec(SlidingWindowSpec):
 
     def first_recent_block(self, num_tokens: int) -> int:
         """The first block of the recent window after `num_tokens` computed tokens; below 0 while all are in it."""
-        return (num_tokens - self.recent_tokens - ROLLBACK_SLACK_TOKENS) // self.block_size
+        return (num_tokens - self.recent_tokens - self.rollback_tokens) // self.block_size
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """Most blocks a request holds at once: sinks, and one window per step in flight plus the one still read.
+        """Most blocks a request holds at once: sinks, the window that a step reads and the one that it writes.
 
-        The trimmed allocation gives a chunk only the blocks of the next step's window, and a window is freed one
-        processed step later, hence `max_concurrent_batches + 1` windows; + 1 block each for the unaligned start.
+        What the step no longer reads is freed before it gets blocks (`WindowManager.remove_skipped_blocks`), and it
+        gets none but for the next step's window. A window of w = `recent_tokens + rollback_tokens` tokens lies in
+        ceil((w - 1) / block) + 1 blocks at most. With 64/256 and no drafts: 4 + 2 * 17 = 38 blocks of 16 tokens.
         """
-        window_blocks = cdiv(self.recent_tokens + ROLLBACK_SLACK_TOKENS, self.block_size) + 1
-        trimmed = (self.max_concurrent_batches + 1) * window_blocks
+        window = 0
+        if self.recent_tokens:
+            window = cdiv(self.recent_tokens + self.rollback_tokens - 1, self.block_size) + 1
         # A chunk shorter than the window adds only its own blocks.
-        by_tokens = window_blocks + cdiv(max_in_flight_tokens, self.block_size) + 1
-        return min(self.sink_blocks + min(trimmed, by_tokens), cdiv(max_model_len, self.block_size))
+        written = min(window, cdiv(max_in_flight_tokens, self.block_size))
+        return min(self.sink_blocks + window + written, cdiv(max_model_len, self.block_size))
 
 
 def make_window_spec(
@@ -90,7 +90,8 @@ def make_window_spec(
         sliding_window=recent_tokens + 1,
         sink_tokens=sink_tokens,
         recent_tokens=recent_tokens,
-        max_concurrent_batches=vllm_config.max_concurrent_batches,
+        # The steps in flight count their drafts as computed, and so did the last one that was processed.
+        rollback_tokens=vllm_config.num_speculative_tokens * vllm_config.max_concurrent_batches,
     )
 
 
@@ -211,16 +212,23 @@ class WindowManager(SlidingWindowManager):
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        """Free the blocks that left the window. The base helper stops at the first null; ours may lie in between."""
+        """Free what the step about to be scheduled no longer reads, though steps in flight may.
+
+        Steps run in the order in which they were scheduled, so who gets a block writes it after those have read it;
+        vLLM relies on that itself when it frees a request that finishes or is preempted with steps in flight. What has
+        been scheduled is known from the table (`processed_computed_tokens` are fewer): it reaches into the last block.
+        """
         request_blocks = self.req_to_blocks.get(request_id)
         if not request_blocks:
             return
         first = self._first_live_block.get(request_id, self._sink_blocks)
         end = len(request_blocks)
         if self.kv_cache_spec.recent_tokens:
-            end = min(end, self.kv_cache_spec.first_recent_block(processed_computed_tokens))
+            scheduled = (end - 1) * self.block_size + 1
+            end = min(end, self.kv_cache_spec.first_recent_block(scheduled))
         if end <= first:
             return
+        # Not the base class's helper: it stops at the first null block, and ours may lie anywhere.
         freed = [block for block in request_blocks[first:end] if not block.is_null]
         request_blocks[first:end] = [self._null_block] * (end - first)
         self._first_live_block[request_id] = end
