@@ -87,10 +87,18 @@ def prompts(*lengths):
 
 
 def largest_difference(ours, theirs, field="prompt_logprobs"):
-    """Largest |difference| of log-probabilities over the positions both know; NaN counts as infinite."""
+    """Largest |difference| of log-probabilities over the positions both know; NaN counts as infinite.
+
+    Of generated text only up to the first token that differs: a tie within the rounding may be broken the other way,
+    and what follows is another text.
+    """
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
-        for x, y in zip(a[field], b[field], strict=True):
+        compared = list(zip(a[field], b[field], strict=True))
+        if field == "logprobs":
+            same = [x == y for x, y in zip(a["tokens"], b["tokens"], strict=True)]
+            compared = compared[: [*same, False].index(False) + 1]
+        for x, y in compared:
             if x is not None:
                 worst = max(worst, abs(x - y) if abs(x - y) >= 0 else float("inf"))
     return worst
