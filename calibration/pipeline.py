@@ -16,7 +16,7 @@ from vllm_kvcompress.calibration import sensitivity
 from vllm_kvcompress.calibration.clips import ClipErrors, Windows
 from vllm_kvcompress.calibration.model import check_head_dim
 from vllm_kvcompress.calibration.statistics import Moments, rotation_of
-from vllm_kvcompress.calibration.tap import Listener, listening
+from vllm_kvcompress.calibration.tap import Listener, full_attention, listening
 from vllm_kvcompress.errors import KVCompressError, UnsupportedModelError
 from vllm_kvcompress.rotations import LayerRotation, RotationMetadata, RotationSet
 
@@ -121,11 +121,11 @@ def calibrate(
 
 
 def _stream(model: Any, sequences: Sequence[torch.Tensor], listener: Listener, title: str) -> None:
-    """One forward pass a sequence, without the output head."""
+    """One forward pass a sequence, without the output head; the listener sees the layers with full attention."""
     device = next(model.parameters()).device
     with (
         torch.inference_mode(),
-        listening(listener),
+        listening(full_attention(listener)),
         tqdm(total=sum(map(len, sequences)), desc=title, unit="tok") as bar,
     ):
         for ids in sequences:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vllm_kvcompress import compat, rotations
+from vllm_kvcompress import compat, rotations, sliding
 from vllm_kvcompress.config import KernelSetting, Settings, load_settings
 from vllm_kvcompress.errors import KVCompressError, UnsupportedModelError
 from vllm_kvcompress.formats import PageFormat, get_format, is_ours
@@ -83,6 +83,8 @@ def _folder(vllm_config: VllmConfig) -> Path | None:
 def check_config(vllm_config: VllmConfig) -> None:
     """Refuse what cannot be served with our page formats; does nothing for other cache dtypes.
 
+    The one change it makes: sliding-window layers keep their 16-bit cache (`sliding`).
+
     Raises:
         KVCompressError: with the reason and the way out.
     """
@@ -90,6 +92,7 @@ def check_config(vllm_config: VllmConfig) -> None:
         return
     for reason in _unsupported(vllm_config):
         raise UnsupportedModelError(f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}: {reason}")
+    _keep_sliding_windows(vllm_config)
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     resolved = resolve(vllm_config)
     head_size = model_config.get_head_size()
@@ -111,6 +114,24 @@ def check_config(vllm_config: VllmConfig) -> None:
         parallel.tensor_parallel_size,
         "GPU kernels" if path == "gpu" else "torch",
         reason,
+    )
+
+
+def _keep_sliding_windows(vllm_config: VllmConfig) -> None:
+    model_config = vllm_config.model_config
+    text_config: Any = model_config.hf_text_config
+    total = model_config.get_total_num_hidden_layers()
+    ours = len(sliding.full_attention_layers(text_config, total))
+    if ours == total:
+        return
+    vllm_config.cache_config.kv_cache_dtype_skip_layers = list(sliding.SKIP_LAYERS)
+    logger.info(
+        "%d of %d layers have a sliding window (%d tokens) and keep their cache in %s; 2-bit pages hold the other %d",
+        total - ours,
+        total,
+        text_config.sliding_window,
+        str(model_config.dtype).removeprefix("torch."),
+        ours,
     )
 
 
@@ -162,7 +183,9 @@ def _check_rotation(vllm_config: VllmConfig, resolved: Resolved) -> None:
     rotations.check_fits(
         rotation,
         fingerprint=None if folder is None else rotations.model_fingerprint(folder),
-        layer_ids=range(model_config.get_total_num_hidden_layers()),
+        layer_ids=sliding.full_attention_layers(
+            model_config.hf_text_config, model_config.get_total_num_hidden_layers()
+        ),
         num_kv_heads=model_config.get_total_num_kv_heads(),
         head_dim=model_config.get_head_size(),
         path=resolved.rotation,
@@ -173,14 +196,22 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
     """Reasons, most fundamental first, each naming what the user can do."""
     model_config, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     text_config: Any = model_config.hf_text_config
+    num_layers = model_config.get_total_num_hidden_layers()
+    full_layers = sliding.full_attention_layers(text_config, num_layers)
+    # On a mixed model the list may be ours already: a configuration is checked again where it is changed.
+    allowed_skips = [[], sliding.SKIP_LAYERS] if len(full_layers) < num_layers else [[]]
     found = [
         (model_config.use_mla, "multi-head latent attention (MLA) keeps one compressed latent per token already"),
         (model_config.is_encoder_decoder, "encoder-decoder models are not supported"),
         (model_config.runner_type != "generate", f"runner {model_config.runner_type!r} keeps no KV cache to compress"),
         (model_config.is_hybrid, "hybrid models with state-space layers are not supported"),
         (
-            _has_sliding_window(model_config, text_config),
-            "sliding-window layers are not supported (their pages leave the window before 2 bits pay)",
+            not full_layers,
+            "every layer has a sliding window, so no cache grows with the context and there is nothing to save",
+        ),
+        (
+            any("chunked" in kind for kind in getattr(text_config, "layer_types", None) or ()),
+            "chunked attention layers are not supported",
         ),
         (
             bool(drafts := _unsupported_drafts(vllm_config.speculative_config)),
@@ -191,7 +222,7 @@ def _unsupported(vllm_config: VllmConfig) -> list[str]:
             "KV connectors are not supported yet; remove --kv-transfer-config and --kv-offloading-size",
         ),
         (
-            bool(cache.kv_cache_dtype_skip_layers),
+            cache.kv_cache_dtype_skip_layers not in allowed_skips,
             f"--kv-cache-dtype-skip-layers {cache.kv_cache_dtype_skip_layers} is not supported; remove it",
         ),
         (
@@ -227,8 +258,3 @@ def _unsupported_drafts(speculative_config: Any) -> str:
     if speculative_config.num_speculative_tokens > most:
         return f"with {speculative_config.num_speculative_tokens} tokens is not supported, at most {most} are"
     return ""
-
-
-def _has_sliding_window(model_config: Any, text_config: Any) -> bool:
-    layer_types = getattr(text_config, "layer_types", None) or ()
-    return model_config.get_sliding_window() is not None or any("sliding" in kind for kind in layer_types)

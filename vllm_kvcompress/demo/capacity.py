@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vllm_kvcompress.formats import get_format, is_ours
 from vllm_kvcompress.formats.base import PAGE_TOKENS
+from vllm_kvcompress.sliding import full_attention_layers
 
 BF16_BYTES = 2
 
@@ -17,6 +18,7 @@ class Geometry:
     """What decides the size of a model's KV cache."""
 
     num_layers: int
+    """Those whose cache grows with the context: not the sliding-window layers"""
     num_kv_heads: int
     head_dim: int
     max_positions: int
@@ -34,7 +36,7 @@ def read_geometry(folder: Path) -> Geometry:
     config = AutoConfig.from_pretrained(folder).get_text_config()
     heads = config.num_attention_heads
     return Geometry(
-        num_layers=config.num_hidden_layers,
+        num_layers=len(full_attention_layers(config, config.num_hidden_layers)),
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         max_positions=config.max_position_embeddings,
