@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,8 +27,9 @@ from vllm_kvcompress.calibration import model as models
 from vllm_kvcompress.calibration.statistics import Moments, eigenbasis, rotation_of
 from vllm_kvcompress.calibration.tap import Heads, listening
 from vllm_kvcompress.calibration.text import generated_sequences
-from vllm_kvcompress.quantizers import affine
+from vllm_kvcompress.quantizers import affine, lloyd_max, packing, qjl
 from vllm_kvcompress.quantizers.hadamard import hadamard
+from vllm_kvcompress.quantizers.random_rotation import split_rotation
 
 SINKS, RECENT, PAGE = 32, 128, 128
 
@@ -212,6 +213,41 @@ def best_of(starts: list[float], start: Any, iterations: int = 0) -> Callable[..
     return choose
 
 
+def lloyd(
+    bits: tuple[int, ...],
+    share: float = 0.0,
+    norm: Literal["plain", "kept", "unbiased"] = "plain",
+    signs: bool = False,
+) -> Callable[..., torch.Tensor]:
+    """TurboQuant: Lloyd-Max codes of the unit vectors of each part of the channels.
+
+    Args:
+        share: of the channels in the first of two parts.
+        norm: stored for a row: its own; what gives the row read back the same norm; what makes <x, x_hat> = |x|^2.
+        signs: QJL on what is left over.
+    """
+
+    def read(x: torch.Tensor, p: Any, feedback: torch.Tensor | None = None) -> torch.Tensor:
+        dim = x.shape[-1]
+        sizes = (dim,) if len(bits) == 1 else (round(dim * share), dim - round(dim * share))
+        found = []
+        for part, b in zip(x.split(sizes, dim=-1), bits, strict=True):
+            codes, stored = lloyd_max.quantize(part, b, norm_correction=norm == "kept")
+            if norm == "unbiased":
+                unit = lloyd_max.codebook(part.shape[-1], b)[codes.int()]
+                stored = (part.square().sum(-1) / (part * unit).sum(-1).clamp(min=1e-12)).half()
+            found.append(lloyd_max.dequantize(codes, stored, b))
+        result = torch.cat(found, dim=-1)
+        if signs:
+            matrix = qjl.sketch_matrix(dim, 0, orthogonal=True)
+            packed, length = qjl.sketch(x - result, matrix)
+            direction = packing.unpack_bits(packed, 1).float() * 2 - 1
+            result = result + direction @ matrix * (length.float() * (math.pi / 2) ** 0.5 / dim).unsqueeze(-1)
+        return result
+
+    return read
+
+
 def exact(x: torch.Tensor, p: Any, feedback: torch.Tensor | None = None) -> torch.Tensor:
     return x
 
@@ -259,6 +295,16 @@ class Study:
                 found = hadamard(dim).expand(heads, dim, dim)
             elif kind == "none":
                 found = torch.eye(dim).expand(heads, dim, dim)
+            elif kind.startswith(("random", "outlier")):
+                # "outlier keys 0.25": a quarter of the channels apart, those with the largest energy; "random 0.25":
+                # the first ones.
+                *_, which, share = ("", *kind.split()) if kind.startswith("outlier") else ("keys", kind.split()[1])
+                energy = (centred if which == "keys" else moments.value).diagonal(dim1=-2, dim2=-1)
+                order = energy.argsort(dim=-1, descending=True)
+                if kind.startswith("random"):
+                    order = torch.arange(dim).expand(heads, -1)
+                outliers = round(dim * float(share))
+                found = split_rotation(order, (outliers, dim - outliers) if outliers else (dim,), 0)
             elif kind == "product":
                 root = sym_power(moments.query, 0.5)
                 found = rotation_of(root @ centred @ root)
@@ -526,6 +572,32 @@ def variants() -> list[Variant]:
             found.append(
                 v(f"F no exact mean, oscar, {centring}, {k} / {w}", quantile, quantile, k, w, centring=centring)
             )
+    # T: TurboQuant and QJL, without calibration but for the choice of outliers.
+    codes: dict[str, tuple[tuple[int, ...], float]] = {
+        "4": ((4,), 0.0),
+        "3.5": ((4, 3), 0.5),
+        "3": ((3,), 0.0),
+        "2.5": ((3, 2), 0.25),
+        "2": ((2,), 0.0),
+    }
+    for label, (bits, share) in codes.items():
+        kinds = (
+            {"": ("random 0", "random 0")}
+            if not share
+            else {
+                "": (f"outlier keys {share}", f"outlier values {share}"),
+                ", no outliers": (f"random {share}", f"random {share}"),
+            }
+        )
+        for kind, (kb, vb) in kinds.items():
+            for norm in ("plain", "kept", "unbiased"):
+                q = lloyd(bits, share, norm)
+                found.append(v(f"T {label}{kind}, norm {norm}", q, q, 1.0, 1.0, kb, vb, "page"))
+        kb, vb = kinds[""]
+        q = lloyd(bits, share)
+        found.append(v(f"T {label}, not centred", q, q, 1.0, 1.0, kb, vb, "none"))
+        fewer = lloyd(tuple(b - 1 for b in bits), share, signs=True)
+        found.append(v(f"T {label} qjl", fewer, q, 1.0, 1.0, kb, vb, "page"))
     for blocks in (4, 16, 64):
         q = ours(blocks=blocks)
         found.append(v(f"G keys {blocks} blocks", q, ours(), shares, shares, key_blocks=blocks, project=True))

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vllm_kvcompress.calibration.tap import NAME
 from vllm_kvcompress.errors import KVCompressError, UnsupportedModelError
 from vllm_kvcompress.formats.base import SUPPORTED_HEAD_DIMS
+from vllm_kvcompress.sliding import full_attention_layers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -20,7 +21,8 @@ def check_config(config: Any, name: str) -> None:
     """Refuse what the configuration already tells.
 
     Raises:
-        UnsupportedModelError: encoder-decoder, MLA, no attention heads, or a head size outside the page formats'.
+        UnsupportedModelError: encoder-decoder, MLA, no attention heads, sliding windows in every layer, or a head size
+            outside the page formats'.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -35,6 +37,11 @@ def check_config(config: Any, name: str) -> None:
     heads = getattr(text, "num_attention_heads", None)
     if not isinstance(heads, int):
         raise UnsupportedModelError(f"{name} ({text.model_type}) has no attention heads to calibrate")
+    if not full_attention_layers(text, text.num_hidden_layers):
+        raise UnsupportedModelError(
+            f"every layer of {name} has a sliding window of {text.sliding_window} tokens: no cache grows with the "
+            "context, and there is nothing to save. Serve it with --kv-cache-dtype auto"
+        )
     check_head_dim(getattr(text, "head_dim", None) or text.hidden_size // heads, name)
 
 

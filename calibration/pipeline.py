@@ -16,7 +16,7 @@ from vllm_kvcompress.calibration import sensitivity
 from vllm_kvcompress.calibration.clips import ClipErrors, Windows
 from vllm_kvcompress.calibration.model import check_head_dim
 from vllm_kvcompress.calibration.statistics import Moments, rotation_of
-from vllm_kvcompress.calibration.tap import Listener, listening
+from vllm_kvcompress.calibration.tap import Listener, full_attention, listening
 from vllm_kvcompress.errors import KVCompressError, UnsupportedModelError
 from vllm_kvcompress.rotations import LayerRotation, RotationMetadata, RotationSet
 
@@ -89,6 +89,7 @@ def calibrate(
     for layer_id, (k_clip, v_clip) in errors.best().items():
         rotations[layer_id] = replace(rotations[layer_id], k_clip=k_clip, v_clip=v_clip)
     measured = sensitivity.measure(model, max(judged, key=len)[:2048])
+    channels = {layer_id: layer.channels_by_energy() for layer_id, layer in moments.layers.items()}
     config = model.config.get_text_config()
     metadata = RotationMetadata(
         model=name,
@@ -113,16 +114,18 @@ def calibrate(
         },
         source="calibrate",
         sensitivity=[measured[layer_id] for layer_id in rotations],
+        k_channels=[channels[layer_id][0] for layer_id in rotations],
+        v_channels=[channels[layer_id][1] for layer_id in rotations],
     )
     return Calibration(RotationSet(metadata, rotations), moments, errors)
 
 
 def _stream(model: Any, sequences: Sequence[torch.Tensor], listener: Listener, title: str) -> None:
-    """One forward pass a sequence, without the output head."""
+    """One forward pass a sequence, without the output head; the listener sees the layers with full attention."""
     device = next(model.parameters()).device
     with (
         torch.inference_mode(),
-        listening(listener),
+        listening(full_attention(listener)),
         tqdm(total=sum(map(len, sequences)), desc=title, unit="tok") as bar,
     ):
         for ids in sequences:

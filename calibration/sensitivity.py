@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vllm_kvcompress.calibration.tap import Heads, attend, listening
+from vllm_kvcompress.calibration.tap import Heads, attend, full_attention, listening
 
 
 def block_mask(length: int, block: int, sinks: int, device: torch.device) -> torch.Tensor:
@@ -24,7 +24,7 @@ def block_mask(length: int, block: int, sinks: int, device: torch.device) -> tor
 
 
 def measure(model: Any, ids: torch.Tensor) -> dict[int, float]:
-    """Sensitivity of every attention layer: 0 = its keys are the same without distant context; at most 2.
+    """Sensitivity of every layer with full attention: 0 = its keys are the same without distant context; at most 2.
 
     Args:
         ids: [T] int64; the keys of one pass over it are held in memory.
@@ -49,6 +49,6 @@ def measure(model: Any, ids: torch.Tensor) -> dict[int, float]:
         return attend(heads, mask)
 
     for listener in (remember, compare):
-        with torch.inference_mode(), listening(listener):
+        with torch.inference_mode(), listening(full_attention(listener)):
             model.base_model(input_ids=ids.unsqueeze(0).to(device), use_cache=False)
     return found

@@ -39,6 +39,13 @@ class LayerMoments:
         """[H, D] float64"""
         return self.key_sum / max(self.tokens, 1)
 
+    def channels_by_energy(self) -> tuple[list[list[int]], list[list[int]]]:
+        """[H][D] channels of the keys and of the values by falling energy: keys about their mean, values weighted."""
+        key = self.key.diagonal(dim1=-2, dim2=-1) / max(self.tokens, 1) - self.key_mean.square()
+        value = self.value.diagonal(dim1=-2, dim2=-1)
+        k_order, v_order = (x.argsort(dim=-1, descending=True, stable=True).tolist() for x in (key, value))
+        return k_order, v_order
+
 
 @dataclass
 class Moments:

@@ -77,6 +77,11 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener = previous
 
 
+def full_attention(listener: Listener) -> Listener:
+    """The same without the sliding-window layers: their cache stays in 16 bits, so nothing is measured there."""
+    return lambda heads: listener(heads) if heads.window is None else None
+
+
 def _attention(
     module: nn.Module,
     query: torch.Tensor,

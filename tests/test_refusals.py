@@ -197,7 +197,62 @@ def test_sliding_window(tmp_path):
         max_position_embeddings=512,
     )
     MistralForCausalLM(config).save_pretrained(tmp_path / "m")
-    refused(tmp_path / "m", "sliding-window", "auto", dtype="hadamard-int2")
+    refused(tmp_path / "m", "every layer has a sliding window", "auto", dtype="hadamard-int2")
+
+
+def save_gemma(folder: Path, kinds: list[str]) -> Path:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=len(kinds),
+        num_attention_heads=4,
+        num_key_value_heads=HEADS,
+        head_dim=DIM,
+        sliding_window=128,
+        layer_types=kinds,
+        max_position_embeddings=512,
+    )
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def test_only_sliding_windows_among_the_kinds(tmp_path):
+    refused(save_gemma(tmp_path / "m", [SLIDING] * 2), "every layer has a sliding window", dtype="hadamard-int2")
+
+
+def test_sliding_windows_beside_full_attention(tmp_path, monkeypatch):
+    """Kept in 16 bits, which the log says once; the rotation file needs the other layers only."""
+    said = []
+    monkeypatch.setattr(checks.logger, "info", lambda text, *values: said.append(text % values))
+    model = save_gemma(tmp_path / "m", [SLIDING, FULL, SLIDING])
+    config = configure(model, dtype="hadamard-int2")
+    assert config.cache_config.kv_cache_dtype_skip_layers == ["sliding_window"]
+    (line,) = [line for line in said if "sliding window" in line]
+    assert line.startswith("2 of 3 layers have a sliding window (128 tokens) and keep their cache in bfloat16")
+    checks.check_config(config)  # vLLM checks a configuration again where it is changed
+    configure(model, dtype="hadamard-int2", kv_cache_dtype_skip_layers=["sliding_window"])
+    refused(model, "--kv-cache-dtype-skip-layers", dtype="hadamard-int2", kv_cache_dtype_skip_layers=["0"])
+
+    path = model / rotations.ROTATION_BESIDE_MODEL
+    found = rotation_set(rotations.model_fingerprint(model), layers=2)
+    layers = {1: found.layers[1]}
+    metadata = found.metadata.model_copy(update={"layer_ids": [1], "sensitivity": [1.0]})
+    rotations.write_rotation(path, RotationSet(metadata, layers))
+    assert checks.resolve(configure(model)).rotation == path
+    # Without the window all three layers grow with the context.
+    refused(model, "no rotation for layer 0, 2", disable_sliding_window=True, max_model_len=128)
+
+
+def test_chunked_attention(tmp_path):
+    path = save_gemma(tmp_path / "m", [SLIDING, FULL]) / "config.json"
+    path.write_text(path.read_text().replace(SLIDING, "chunked_attention"))
+    refused(path.parent, "chunked attention", dtype="hadamard-int2")
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,19 @@ def test_cache_dtype_seam():
     from vllm.config import cache
     from vllm.utils import torch_utils
 
+    if hasattr(cache, "register_kv_cache_dtype"):
+        from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+    else:
+        from vllm.utils.torch_utils import is_quantized_kv_cache
+
     compat.register_cache_dtypes(format_names())
     known = cache.KV_CACHE_DTYPES if hasattr(cache, "register_kv_cache_dtype") else get_args(cache.CacheDType)
     for name in format_names():
         assert list(known).count(name) == 1
         assert cache.CacheConfig(cache_dtype=name).cache_dtype == name
         assert torch_utils.STR_DTYPE_TO_TORCH_DTYPE[name].itemsize == 1
+        # Asked of the engine's dtype by backends of layers that keep another one, which would then expect fp8 pages.
+        assert not is_quantized_kv_cache(name)
     with pytest.raises(ValueError):
         cache.CacheConfig(cache_dtype="no-such-format")
 
@@ -44,6 +51,20 @@ def test_platform_seams():
     assert inspect.ismethod(choose) and parameters(choose)[:2] == ["selected_backend", "attn_selector_config"]
     check = platform.check_and_update_config
     assert inspect.ismethod(check) and parameters(check) == ["vllm_config"]
+
+
+def test_block_size_seam():
+    """Where a layer of another dtype learns its page: the platform's step is ours to leave out, its result to give."""
+    from vllm.config import CacheConfig
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.platforms import current_platform
+
+    choose = type(current_platform).update_block_size_for_backend
+    assert inspect.ismethod(choose) and parameters(choose) == ["vllm_config"]
+    names = {field.name for field in dataclasses.fields(CacheConfig)}
+    assert {"skip_page_size_padded", "user_specified_block_size"} <= names
+    assert '"sliding_window" in cache_config.kv_cache_dtype_skip_layers' in inspect.getsource(Attention.__init__)
+    assert "skip_page_size_padded" in inspect.getsource(Attention.get_kv_cache_spec)
 
 
 def test_backend_validation_seam():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vllm_kvcompress import compat, rotations
+from vllm_kvcompress import compat, rotations, sliding
 from vllm_kvcompress.config import KernelSetting, Settings, load_settings
 from vllm_kvcompress.errors import KVCompressError, UnsupportedModelError
 from vllm_kvcompress.formats import PageFormat, get_format, is_ours
@@ -32,7 +32,7 @@ class Resolved:
     sink_tokens: int
     recent_tokens: int
     rotation: Path | None
-    """Rotation file; None for formats that need none."""
+    """Rotation file; None for formats that need none, or that would take from it which channels are outliers."""
     kernels: KernelSetting
 
     @property
@@ -64,9 +64,9 @@ def _resolve(
     page_format = get_format(cache_dtype)
     sinks, recent = settings.windows(model)
     rotation = None
-    if page_format.needs_calibration:
-        folder = rotations.model_folder(model, revision, download_dir)
-        rotation = rotations.find_rotation(model, folder, settings.rotation)
+    if page_format.needs_calibration or page_format.splits_channels:
+        find = rotations.find_rotation if page_format.needs_calibration else rotations.find_optional_rotation
+        rotation = find(model, rotations.model_folder(model, revision, download_dir), settings.rotation)
     elif settings.rotation is not None:
         raise KVCompressError(
             f"--kv-cache-dtype {page_format.name} uses no rotation file, but rotation={settings.rotation} is set; "
@@ -83,6 +83,8 @@ def _folder(vllm_config: VllmConfig) -> Path | None:
 def check_config(vllm_config: VllmConfig) -> None:
     """Refuse what cannot be served with our page formats; does nothing for other cache dtypes.
 
+    The one change it makes: sliding-window layers keep their 16-bit cache (`sliding`).
+
     Raises:
         KVCompressError: with the reason and the way out.
     """
@@ -92,6 +94,7 @@ def check_config(vllm_config: VllmConfig) -> None:
         raise UnsupportedModelError(
             f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}: {reason}. Otherwise use --kv-cache-dtype auto."
         )
+    _keep_sliding_windows(vllm_config)
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     resolved = resolve(vllm_config)
     head_size = model_config.get_head_size()
@@ -116,15 +119,36 @@ def check_config(vllm_config: VllmConfig) -> None:
     )
 
 
+def _keep_sliding_windows(vllm_config: VllmConfig) -> None:
+    model_config = vllm_config.model_config
+    text_config: Any = model_config.hf_text_config
+    total = model_config.get_total_num_hidden_layers()
+    ours = len(sliding.full_attention_layers(text_config, total))
+    if ours == total:
+        return
+    vllm_config.cache_config.kv_cache_dtype_skip_layers = list(sliding.SKIP_LAYERS)
+    logger.info(
+        "%d of %d layers have a sliding window (%d tokens) and keep their cache in %s; 2-bit pages hold the other %d",
+        total - ours,
+        total,
+        text_config.sliding_window,
+        str(model_config.dtype).removeprefix("torch."),
+        ours,
+    )
+
+
 def kernel_case(vllm_config: VllmConfig) -> Case:
     """What this engine's layers ask of their kernels."""
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     assert isinstance(model_config.dtype, torch.dtype)  # vLLM has resolved "auto" by now
+    page_format = get_format(vllm_config.cache_config.cache_dtype)
     return Case(
         head_dim=model_config.get_head_size(),
         page_tokens=_page_tokens(vllm_config),
         group=model_config.get_num_attention_heads(parallel) // model_config.get_num_kv_heads(parallel),
         dtype=model_config.dtype,
+        page_format=page_format.name,
+        has_gpu_kernels=page_format.has_gpu_kernels,
     )
 
 
@@ -161,7 +185,9 @@ def _check_rotation(vllm_config: VllmConfig, resolved: Resolved) -> None:
     rotations.check_fits(
         rotation,
         fingerprint=None if folder is None else rotations.model_fingerprint(folder),
-        layer_ids=range(model_config.get_total_num_hidden_layers()),
+        layer_ids=sliding.full_attention_layers(
+            model_config.hf_text_config, model_config.get_total_num_hidden_layers()
+        ),
         num_kv_heads=model_config.get_total_num_kv_heads(),
         head_dim=model_config.get_head_size(),
         path=resolved.rotation,
@@ -172,14 +198,22 @@ def unsupported_reasons(vllm_config: VllmConfig) -> list[str]:
     """Why our formats cannot serve a configuration, most fundamental first, each naming what the user can do."""
     model_config, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     text_config: Any = model_config.hf_text_config
+    num_layers = model_config.get_total_num_hidden_layers()
+    full_layers = sliding.full_attention_layers(text_config, num_layers)
+    # On a mixed model the list may be ours already: a configuration is checked again where it is changed.
+    allowed_skips = [[], sliding.SKIP_LAYERS] if len(full_layers) < num_layers else [[]]
     found = [
         (model_config.use_mla, "multi-head latent attention (MLA) keeps one compressed latent per token already"),
         (model_config.is_encoder_decoder, "encoder-decoder models are not supported"),
         (model_config.runner_type != "generate", f"runner {model_config.runner_type!r} keeps no KV cache to compress"),
         (model_config.is_hybrid, "hybrid models with state-space layers are not supported"),
         (
-            _has_sliding_window(model_config, text_config),
-            "sliding-window layers are not supported (their pages leave the window before 2 bits pay)",
+            not full_layers,
+            "every layer has a sliding window, so no cache grows with the context and there is nothing to save",
+        ),
+        (
+            any("chunked" in kind for kind in getattr(text_config, "layer_types", None) or ()),
+            "chunked attention layers are not supported",
         ),
         (
             bool(drafts := _unsupported_drafts(vllm_config.speculative_config)),
@@ -190,7 +224,7 @@ def unsupported_reasons(vllm_config: VllmConfig) -> list[str]:
             "KV connectors are not supported yet; remove --kv-transfer-config and --kv-offloading-size",
         ),
         (
-            bool(cache.kv_cache_dtype_skip_layers),
+            cache.kv_cache_dtype_skip_layers not in allowed_skips,
             f"--kv-cache-dtype-skip-layers {cache.kv_cache_dtype_skip_layers} is not supported; remove it",
         ),
         (
@@ -226,8 +260,3 @@ def _unsupported_drafts(speculative_config: Any) -> str:
     if speculative_config.num_speculative_tokens > most:
         return f"with {speculative_config.num_speculative_tokens} tokens is not supported, at most {most} are"
     return ""
-
-
-def _has_sliding_window(model_config: Any, text_config: Any) -> bool:
-    layer_types = getattr(text_config, "layer_types", None) or ()
-    return model_config.get_sliding_window() is not None or any("sliding" in kind for kind in layer_types)

@@ -60,10 +60,12 @@ def register_cache_dtypes(names: Iterable[str]) -> None:
     if register is not None:
         from vllm.v1 import kv_cache_interface
 
-        mode: Any = kv_cache_interface.KVQuantMode
+        # Not CUSTOM, which reads as "quantised": backends that serve a layer of another dtype beside ours ask that of
+        # the engine's dtype, and would take their own pages for fp8 (FlashAttention's tiles, CPU_ATTN's refusal).
+        mode: Any = kv_cache_interface.KVQuantMode.NONE
         for name in names:
             if name not in cache_module.KV_CACHE_DTYPES:
-                register(name)(_make_dtype_handler(name, mode.CUSTOM))
+                register(name)(_make_dtype_handler(name, mode))
         return
     from pydantic.dataclasses import rebuild_dataclass
 
@@ -81,7 +83,6 @@ def _make_dtype_handler(name: str, mode: Any) -> type:
             return torch.uint8
 
         def quant_mode(self) -> Any:
-            # 0.33 declares CUSTOM and OCTAVE_K3V4 as one number; nothing of ours compares it.
             return mode
 
     Handler.name = name  # type: ignore[attr-defined]
@@ -142,6 +143,38 @@ def wrap_config_check(check: Callable[[Any], None]) -> None:
 
     check_and_update_config._kvcompress = True  # type: ignore[attr-defined]
     platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def wrap_block_size_choice(is_ours: Callable[[str | None], bool], align: Callable[[Any], None]) -> None:
+    """Let `align(vllm_config)` size the pages where the cache dtype is ours and some layers keep another.
+
+    0.32, 0.33: `type(current_platform).update_block_size_for_backend` runs in every worker once the layers are built.
+    It takes the first layer's backend for that of the quantised layers (sliding ones come first in Gemma 3), which
+    wastes three quarters of every page, or asks for a whole smallest block of ours in 16 bits: pages of 1024 tokens.
+    The CPU platform does not align at all. So vLLM's step is left out, and ours follows.
+    """
+    from vllm.platforms import current_platform
+
+    platform: Any = type(current_platform)
+    original = platform.update_block_size_for_backend
+    if getattr(original, "_kvcompress", False):
+        return
+
+    @functools.wraps(original.__func__)
+    def update_block_size_for_backend(cls, vllm_config):
+        cache = vllm_config.cache_config
+        skipped = cache.kv_cache_dtype_skip_layers
+        if not is_ours(cache.cache_dtype) or not skipped:
+            return original.__func__(cls, vllm_config)
+        cache.kv_cache_dtype_skip_layers = []
+        try:
+            original.__func__(cls, vllm_config)
+        finally:
+            cache.kv_cache_dtype_skip_layers = skipped
+        align(vllm_config)
+
+    update_block_size_for_backend._kvcompress = True  # type: ignore[attr-defined]
+    platform.update_block_size_for_backend = classmethod(update_block_size_for_backend)
 
 
 def register_cache_spec(spec: type, manager: type) -> None:

@@ -17,6 +17,7 @@ def register() -> None:
     compat.register_cache_dtypes(formats.format_names())
     compat.wrap_attention_backend_choice(formats.is_ours, _backend_path)
     compat.wrap_config_check(_check_config)
+    compat.wrap_block_size_choice(formats.is_ours, _align_pages)
     _registered = True
 
 
@@ -30,3 +31,9 @@ def _check_config(vllm_config) -> None:
     from vllm_kvcompress.checks import check_config
 
     check_config(vllm_config)
+
+
+def _align_pages(vllm_config) -> None:
+    from vllm_kvcompress.sliding import align_pages
+
+    align_pages(vllm_config)

@@ -21,7 +21,7 @@ from vllm_kvcompress.attention.gpu import GpuAttention, Limits, layer_constants
 from vllm_kvcompress.attention.gpu_metadata import make_metadata
 from vllm_kvcompress.attention.gpu_warmup import run_step
 from vllm_kvcompress.attention.window_layer import WindowMetadata
-from vllm_kvcompress.formats import format_names, get_format
+from vllm_kvcompress.formats import get_format, gpu_format_names
 from vllm_kvcompress.formats.base import read_pages, write_tokens
 from vllm_kvcompress.kernels.reference import attend_reference
 
@@ -265,7 +265,7 @@ MIXED = [(300, 1), (0, 1), (129, 1), (0, 40), (260, 5), (0, 0), (400, 17), (77, 
 
 
 @pytest.mark.parametrize("flash", [False, True], ids=["pages", "flash"])
-@pytest.mark.parametrize("name", format_names())
+@pytest.mark.parametrize("name", gpu_format_names())
 def test_mixed_step(name, flash):
     oracle = TorchFlash() if flash else None
     step = Step(MIXED, name=name, flash=oracle)
@@ -381,7 +381,7 @@ def test_dummy_runs_survive(flash):
 
 
 @pytest.mark.parametrize("flash", [False, True], ids=["pages", "flash"])
-@pytest.mark.parametrize("name", format_names())
+@pytest.mark.parametrize("name", gpu_format_names())
 def test_what_is_stored(name, flash):
     """Tokens read back within the quantiser's step; windows hold them in 16 bits; nothing else changes."""
     step = Step(MIXED, name=name, flash=TorchFlash() if flash else None, missing=0.5)

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
-    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
@@ -30,7 +30,14 @@ CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**_SIZES, num_attention_heads=6, num_key_value_heads=2),
     # Biases of keys and values, as in Qwen2: made large below, for a random model has none.
     "qwen2": Qwen2Config(**{**_SIZES, "head_dim": 64}, num_attention_heads=4, num_key_value_heads=2),
-    "mistral": MistralConfig(**_SIZES, num_attention_heads=4, num_key_value_heads=4, sliding_window=48),
+    "gemma3": Gemma3TextConfig(
+        **_SIZES,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        query_pre_attn_scalar=64,
+        sliding_window=48,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    ),
 }
 
 

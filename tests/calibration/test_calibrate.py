@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from transformers import BertConfig, DeepseekV3Config, LlamaConfig, T5Config
+from transformers import BertConfig, DeepseekV3Config, LlamaConfig, MistralConfig, T5Config
 
 from vllm_kvcompress.calibration import sensitivity
 from vllm_kvcompress.calibration.model import check_config, load
@@ -23,14 +23,18 @@ def run(folder, sequences, name="tiny"):
     return calibrate(model, sequences, name=name, fingerprint="f" * 32, data="random", seed=0)
 
 
-@pytest.mark.parametrize(("name", "heads"), [("llama", (2, 6)), ("qwen2", (2, 4)), ("mistral", (4, 4))])
-def test_rotation_set(model_folders, sequences, name, heads):
+@pytest.mark.parametrize(
+    ("name", "heads", "layers"),
+    [("llama", (2, 6), [0, 1, 2]), ("qwen2", (2, 4), [0, 1, 2]), ("gemma3", (1, 4), [1, 2])],
+)
+def test_rotation_set(model_folders, sequences, name, heads, layers):
+    """Of the layers whose cache grows: Gemma's first has a sliding window."""
     result = run(model_folders[name], sequences)
     metadata = result.rotation.metadata
-    assert metadata.layer_ids == [0, 1, 2]
+    assert metadata.layer_ids == layers
     assert (metadata.num_kv_heads, metadata.num_query_heads, metadata.head_dim) == (*heads, 64)
     assert metadata.tokens == 4 * 160 and metadata.source == "calibrate"
-    assert len(metadata.sensitivity) == 3
+    assert len(metadata.sensitivity) == len(layers)
     for layer in result.rotation.layers.values():
         for rotation in (layer.k_rotation, layer.v_rotation):
             wide = rotation.double()
@@ -117,6 +121,7 @@ def test_layers_of_different_shapes(model_folders, sequences):
         (DeepseekV3Config(), "multi-head latent attention"),
         (LlamaConfig(hidden_size=320, num_attention_heads=4), "heads of size 80"),
         (LlamaConfig(head_dim=32), "heads of size 32"),
+        (MistralConfig(sliding_window=48), "sliding window of 48 tokens"),
     ],
 )
 def test_unsupported_configurations(config, words):

@@ -43,6 +43,22 @@ def test_moments_are_sums_over_sequences():
         assert torch.allclose(layer.value[head], value, rtol=1e-4, atol=1e-3)
 
 
+def test_channels_by_energy():
+    """Keys about their mean: a bias is no outlier. Values by what they weigh."""
+    moments = Moments()
+    part = heads(60)
+    part.key[0, :, 7] += 50
+    part.key[1] *= torch.linspace(1, 5, 64)
+    part.value[0] *= torch.linspace(5, 1, 64)
+    moments(part)
+    k_order, v_order = moments.layers[5].channels_by_energy()
+    assert sorted(k_order[0]) == sorted(v_order[1]) == list(range(64))
+    # 60 samples: standard deviations are off by 9 %, the 7th of 64 channels of unit size is no likelier than the next.
+    key = torch.stack(list(part.key.double())).var(dim=1, correction=0)
+    assert k_order == key.argsort(dim=-1, descending=True).tolist()
+    assert set(k_order[1][:8]) <= set(range(40, 64)) and set(v_order[0][:8]) <= set(range(24))
+
+
 @pytest.mark.parametrize("dim", [64, 96, 128])
 def test_rotations_are_orthogonal_and_keep_the_leading_direction_in_the_mean(dim):
     x = torch.randn(2, 500, dim, dtype=torch.float64) * torch.logspace(0, -3, dim, dtype=torch.float64)

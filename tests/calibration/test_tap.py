@@ -17,7 +17,7 @@ def outputs(model, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids.unsqueeze(0)).logits[0].double()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
 @pytest.mark.parametrize("replace", [False, True])
 def test_logits_are_those_of_the_untouched_model(model_folders, sequences, name, replace):
     tapped, _ = load(model_folders[name], name, torch.device("cpu"))

@@ -2,7 +2,7 @@
 """The demo's table: its bytes are the layouts' bytes, its tokens follow from them."""
 
 import pytest
-from transformers import LlamaConfig
+from transformers import Gemma3TextConfig, LlamaConfig
 
 from vllm_kvcompress.capacity.geometry import Geometry, head_bytes_per_token, read_geometry
 from vllm_kvcompress.demo.capacity import table
@@ -37,3 +37,10 @@ def test_geometry_is_read_from_the_config(tmp_path):
         max_position_embeddings=8192,
     ).save_pretrained(tmp_path)
     assert read_geometry(tmp_path) == SMOLLM2
+
+
+def test_only_layers_that_grow_are_counted(tmp_path):
+    Gemma3TextConfig(num_hidden_layers=18, num_key_value_heads=1, head_dim=256, sliding_window=512).save_pretrained(
+        tmp_path
+    )
+    assert read_geometry(tmp_path).num_layers == 3

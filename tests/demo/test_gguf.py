@@ -8,13 +8,14 @@ import pytest
 import torch
 from gguf import GGUFWriter
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, Qwen2Config
 
 from vllm_kvcompress.demo.gguf import gguf_to_hf, unpermute
 from vllm_kvcompress.errors import UnsupportedModelError
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "c", "ab"]
+GEMMA_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "a", "b", "ab"]
 SHAPE = dict(
     vocab_size=len(TOKENS),
     hidden_size=64,
@@ -47,16 +48,32 @@ def write_gguf(path, model, architecture: str, permuted: bool, **changes) -> Non
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    gemma = architecture == "gemma3"
+    if gemma:
+        writer.add_key_length(config.head_dim)
+        writer.add_sliding_window(config.sliding_window)
+        for name, theta in (("freq_base", "full_attention"), ("freq_base_swa", "sliding_attention")):
+            writer.add_float32(f"gemma3.rope.{name}", config.rope_parameters[theta]["rope_theta"])
+        if "pattern" in changes:
+            writer.add_sliding_window_pattern(changes["pattern"])
+    else:
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     if "rope_scaling" in changes:
         writer.add_string(f"{architecture}.rope.scaling.type", changes["rope_scaling"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, 3, 1, 1, 1, 1])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
+    if gemma:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(GEMMA_TOKENS)
+        writer.add_token_scores([-1000.0] * 4 + [-2.0, -3.0, -1.0])
+        writer.add_token_types([3, 3, 3, 3, 1, 1, 1])
+        writer.add_add_bos_token(True)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(TOKENS)
+        writer.add_token_types([3, 3, 3, 1, 1, 1, 1])
+        writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_pad_token_id(config.pad_token_id)
     writer.add_chat_template(TEMPLATE)
     outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     inner = {
@@ -70,11 +87,21 @@ def write_gguf(path, model, architecture: str, permuted: bool, **changes) -> Non
         "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
     }
+    if gemma:
+        inner |= {
+            "self_attn.q_norm": "attn_q_norm",
+            "self_attn.k_norm": "attn_k_norm",
+            "post_attention_layernorm": "post_attention_norm",
+            "pre_feedforward_layernorm": "ffn_norm",
+            "post_feedforward_layernorm": "post_ffw_norm",
+        }
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         module, kind = name.rsplit(".", 1)
         values = weight.float().numpy()
+        if gemma and name.endswith("norm.weight"):
+            values = values + 1  # llama.cpp's conversion: convert_hf_to_gguf.py, Gemma3Model.norm_shift
         if module in outer:
             target = outer[module]
         else:
@@ -98,6 +125,43 @@ CASES = {
     "llama, untied": ("llama", True, LlamaConfig(**SHAPE, tie_word_embeddings=False)),
     "qwen2, biases": ("qwen2", False, Qwen2Config(**SHAPE, tie_word_embeddings=True)),
 }
+
+GEMMA = dict(
+    SHAPE,
+    num_hidden_layers=7,
+    bos_token_id=2,
+    eos_token_id=1,
+    pad_token_id=0,
+    head_dim=32,
+    query_pre_attn_scalar=32,
+    sliding_window=8,
+    rope_parameters={
+        "full_attention": {"rope_type": "default", "rope_theta": 50000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    },
+)
+S, F = "sliding_attention", "full_attention"
+LAYERS = {"by default": ({}, [S, S, S, S, S, F, S]), "every third": ({"pattern": 3}, [S, S, F, S, S, F, S])}
+LAYERS["listed"] = ({"pattern": [True, False, False, True, True, True, True]}, [S, F, F, S, S, S, S])
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_gemma3(case, tmp_path):
+    """Both RoPE bases, windows shorter than the text, norms of 1 + w, and a tokenizer that begins with <bos>."""
+    changes, kinds = LAYERS[case]
+    model = make_model(Gemma3TextConfig(**GEMMA, layer_types=kinds))
+    write_gguf(tmp_path / "m.gguf", model, "gemma3", False, **changes)
+    folder = gguf_to_hf(tmp_path / "m.gguf", tmp_path / "hf")
+    back = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert back.config.layer_types == kinds
+    ids = torch.randint(4, len(GEMMA_TOKENS), (2, 40))
+    with torch.inference_mode():
+        # Exact in float32, see test_same_logits; 1 + w holds every bit of a bf16 w near 1.
+        torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=0, atol=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("ab").input_ids == [2, 6]
+    assert tokenizer("ab", add_special_tokens=False).input_ids == [6]
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1]
 
 
 def make_model(config):

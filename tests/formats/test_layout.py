@@ -12,11 +12,12 @@ from vllm_kvcompress.formats.base import (
     SUPPORTED_HEAD_DIMS,
     PageFormat,
     PageLayout,
+    RowCode,
     page_fields,
     read_pages,
     write_tokens,
 )
-from vllm_kvcompress.quantizers import affine
+from vllm_kvcompress.quantizers import affine, lloyd_max, qjl
 
 PAGED = PageFormat(name="paged", summary="", rotation="none", centring="page", clip_k=0.8, clip_v=0.9)
 PLAIN = PAGED.model_copy(update={"name": "plain", "centring": "none"})
@@ -33,15 +34,32 @@ def test_bytes_per_token(page_format, head_dim, expected):
     assert layout.head_bytes == expected * 128
 
 
+TURBOQUANT_BYTES = {
+    # K and V at head size 128: codes, a norm for each part, signs and their norm; + 2 for the page mean's share.
+    "turboquant-4": 2 * (64 + 2) + 2,
+    "turboquant-3.5": 2 * (32 + 24 + 4) + 2,
+    "turboquant-3.5-qjl": (24 + 16 + 4) + (16 + 2) + (32 + 24 + 4) + 2,
+    "turboquant-2.5": 2 * (12 + 24 + 4) + 2,
+    "turboquant-2.5-qjl": (8 + 12 + 4) + (16 + 2) + (12 + 24 + 4) + 2,
+    "oscar-int2-qjl": 74 + 16 + 2,
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), TURBOQUANT_BYTES.items())
+def test_bytes_per_token_of_other_quantisers(name, expected):
+    assert get_format(name).layout(128, 128).bytes_per_token == expected
+
+
 def regions(layout: PageLayout) -> list[tuple[int, int]]:
-    codes, scales = layout.page_tokens * layout.code_bytes, layout.page_tokens * 4
-    found = [
-        (layout.k_codes, codes),
-        (layout.v_codes, codes),
-        (layout.k_scales, scales),
-        (layout.v_scales, scales),
-    ]
-    return found if layout.k_mean is None else [*found, (layout.k_mean, layout.head_dim * 2)]
+    tokens = layout.page_tokens
+    found = [] if layout.k_mean is None else [(layout.k_mean, layout.head_dim * 2)]
+    for rows in (layout.keys, layout.values):
+        for part in rows.parts:
+            found.append((part.codes, tokens * part.channels * part.bits // 8))
+            found.append((part.scales, tokens * (4 if rows.quantizer == "affine" else 2)))
+        if rows.signs is not None:
+            found += [(rows.signs, tokens * layout.head_dim // 8), (rows.sign_norms, tokens * 2)]
+    return found
 
 
 @pytest.mark.parametrize("name", format_names())
@@ -55,6 +73,12 @@ def test_regions_fit_and_do_not_overlap(name, head_dim, page_tokens):
         assert offset % 2 == 0  # fp16 views need it
         end = offset + size
     assert end <= layout.head_bytes
+    # Nothing is wasted but what rounding the mean's share to whole bytes a token adds.
+    assert sum(size for _, size in regions(layout)) > layout.head_bytes - page_tokens
+    for rows in (layout.keys, layout.values):
+        firsts = [part.first_channel for part in rows.parts]
+        ends = [part.first_channel + part.channels for part in rows.parts]
+        assert firsts == [0, *ends[:-1]] and ends[-1] == head_dim
 
 
 @settings(max_examples=20, deadline=None)
@@ -96,6 +120,42 @@ def test_pages_read_back_what_was_quantised(seed, page_format, head_dim, heads, 
         assert torch.equal(kept, old.transpose(1, 2)[untouched].contiguous().view(torch.int32))
 
 
+@pytest.mark.parametrize("name", TURBOQUANT_BYTES)
+@pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
+def test_other_quantisers_read_back_what_was_quantised(name, head_dim):
+    page_format = get_format(name)
+    layout = page_format.layout(head_dim, 16)
+    pages = torch.randint(0, 256, (3, 2, layout.head_bytes), dtype=torch.uint8)
+    fields = page_fields(pages, layout)
+    fields.k_mean.copy_(torch.randn(3, 2, head_dim))
+    slots = torch.randperm(48)[:20]
+    keys, values = torch.randn(2, 20, 2, head_dim)
+    write_tokens(pages, layout, slots, keys, values, None, None)
+    page, offset = slots // 16, slots % 16
+    mean = fields.k_mean[page].float()
+
+    def quantised(x, rows):
+        if rows.quantizer == "affine":
+            return affine.dequantize(*affine.quantize(x))
+        parts = x.split(rows.part_sizes(head_dim), dim=-1)
+        found = [lloyd_max.quantize(part, bits) for part, bits in zip(parts, rows.bits, strict=True)]
+        return torch.cat([lloyd_max.dequantize(*f, bits) for f, bits in zip(found, rows.bits, strict=True)], dim=-1)
+
+    found_k, found_v = read_pages(pages, layout)
+    assert torch.equal(found_v[page, :, offset], quantised(values, page_format.values))
+    expected_k = quantised(keys - mean, page_format.keys)
+    if page_format.keys.signs:
+        # What is read is such that a query's product with it is the estimator's: q . codes + q . signs.
+        queries, matrix = torch.randn(5, head_dim), qjl.sketch_matrix(head_dim, 0, orthogonal=True)
+        signs, norms = qjl.sketch((keys - mean - expected_k).flatten(0, 1), matrix)
+        wanted = queries @ expected_k.flatten(0, 1).mT + qjl.correction(queries, matrix, signs, norms)
+        found = queries @ (found_k[page, :, offset] - mean).flatten(0, 1).mT
+        # float32 sums of D products of magnitude 1, and the mean added and taken away again.
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * head_dim)
+    else:
+        assert torch.equal(found_k[page, :, offset], expected_k + mean)
+
+
 def test_views_write_through_padded_pages():
     layout = PLAIN.layout(64, 16)
     raw = torch.zeros(2, 3 * layout.head_bytes + 64, dtype=torch.uint8)  # vLLM may pad between pages
@@ -126,7 +186,21 @@ def test_registry():
         get_format("int3")
 
 
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"quantizer": "lloyd-max", "bits": (4, 3)}, "outlier_share"),
+        ({"quantizer": "lloyd-max", "bits": (4,), "outlier_share": 0.5}, "outlier_share"),
+        ({"quantizer": "affine", "bits": (3,)}, "2 bits"),
+    ],
+)
+def test_row_codes_that_make_no_sense(given, reason):
+    with pytest.raises(ValueError, match=reason):
+        RowCode(**given)
+
+
 def test_which_formats_need_a_rotation_file():
-    assert get_format("oscar-int2").needs_calibration
+    assert get_format("oscar-int2").needs_calibration and get_format("oscar-int2-qjl").needs_calibration
+    assert not get_format("turboquant-3.5").needs_calibration
     assert not get_format("hadamard-int2").needs_calibration
     assert not get_format("int2").needs_calibration

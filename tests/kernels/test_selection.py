@@ -10,7 +10,9 @@ from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.kernels import cuda_ops
 from vllm_kvcompress.kernels.selection import Case, choose_decode, choose_path
 
-CASE = Case(head_dim=128, page_tokens=128, group=4, dtype=torch.bfloat16)
+CASE = Case(
+    head_dim=128, page_tokens=128, group=4, dtype=torch.bfloat16, page_format="oscar-int2", has_gpu_kernels=True
+)
 BUILT, UNBUILT = (lambda: None), (lambda: "it is not compiled; install from source")
 HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vllm_kvcompress.quantizers import lloyd_max
-from vllm_kvcompress.quantizers.random_rotation import random_rotation
+from vllm_kvcompress.quantizers.random_rotation import random_rotation, split_rotation
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -85,3 +85,25 @@ def test_refusals():
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match="seed"):
             random_rotation(8, seed)
+
+
+@pytest.mark.parametrize("sizes", [(64,), (16, 48), (32, 32), (24, 72)])
+def test_split_rotations_keep_groups_apart(sizes):
+    dim = sum(sizes)
+    order = torch.stack([torch.randperm(dim) for _ in range(3)])
+    rotation = split_rotation(order, sizes, 5)
+    assert rotation.shape == (3, dim, dim)
+    torch.testing.assert_close(rotation.mT @ rotation, torch.eye(dim).expand(3, -1, -1), rtol=0, atol=1e-5)
+    x = torch.randn(10, dim)
+    for head in range(3):
+        turned = (x @ rotation[head]).split(sizes, dim=-1)
+        for channels, got in zip(order[head].split(sizes), turned, strict=True):
+            # A rotation of the group's own channels: their lengths are kept, and nothing else comes in.
+            torch.testing.assert_close(got.norm(dim=-1), x[:, channels].norm(dim=-1))
+            silent = x.clone()
+            silent[:, channels] = 0
+            first = sum(sizes[: [c.tolist() for c in order[head].split(sizes)].index(channels.tolist())])
+            part = (silent @ rotation[head])[:, first : first + len(channels)]
+            assert part.abs().max() < 1e-6
+    if len(sizes) > 1:
+        assert not torch.equal(*(split_rotation(order[:1], sizes, seed) for seed in (5, 6)))

@@ -15,6 +15,10 @@ def orthogonal(*shape: int) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(*shape, dtype=torch.float64))[0].float()
 
 
+def channel_order() -> list[list[list[int]]]:
+    return [[torch.randperm(DIM).tolist() for _ in range(HEADS)] for _ in LAYERS]
+
+
 @pytest.fixture
 def make_set() -> Callable[..., RotationSet]:
     def make(**changes) -> RotationSet:
@@ -28,6 +32,8 @@ def make_set() -> Callable[..., RotationSet]:
                 "head_dim": DIM,
                 "source": "calibrate",
                 "sensitivity": [0.25, 0.5],
+                "k_channels": channel_order(),
+                "v_channels": channel_order(),
                 **changes,
             }
         )

@@ -145,9 +145,12 @@ def test_bad_metadata(make_set, tmp_path, strings, words):
     [
         ({"layer_ids": [3, 0]}, "not ascending"),
         ({"layer_ids": [0, 0]}, "not ascending"),
-        ({"num_kv_heads": 4}, "k_mean|truncated|expected F32"),
-        ({"head_dim": 512}, "truncated"),
+        ({"num_kv_heads": 4}, "k_mean|truncated|expected F32|does not order"),
+        ({"head_dim": 512}, "truncated|does not order"),
         ({"sensitivity": [0.5]}, "1 sensitivities for 2 layers"),
+        ({"k_channels": [[list(range(8))] * 2]}, "k_channels does not order the 8 channels of 2 KV heads in 2 layers"),
+        ({"k_channels": [[list(range(8))]] * 2}, "k_channels does not order"),
+        ({"v_channels": [[[0, *range(7)]] * 2] * 2}, "v_channels does not order"),
         ({"surprise": 1}, "surprise"),
     ],
 )

@@ -15,6 +15,7 @@ from vllm_kvcompress.errors import RotationError
 from vllm_kvcompress.rotations import (
     ROTATION_BESIDE_MODEL,
     default_output,
+    find_optional_rotation,
     find_rotation,
     model_fingerprint,
     model_folder,
@@ -179,3 +180,16 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert user_cache_path("f") == tmp_path / "vllm-kvcompress" / "f.safetensors"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert user_cache_path("f") == Path.home() / ".cache" / "vllm-kvcompress" / "f.safetensors"
+
+
+def test_optional_rotation(tmp_path):
+    """None where there is none; a file that was asked for must exist."""
+    model = tmp_path / "model"
+    model.mkdir()
+    assert find_optional_rotation(str(model), model, None) is None
+    with pytest.raises(RotationError, match="does not exist"):
+        find_optional_rotation(str(model), model, tmp_path / "absent.safetensors")
+    beside = model / ROTATION_BESIDE_MODEL
+    beside.parent.mkdir()
+    beside.touch()
+    assert find_optional_rotation(str(model), model, None) == beside

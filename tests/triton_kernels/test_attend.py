@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from vllm_kvcompress.formats import format_names, get_format
+from vllm_kvcompress.formats import get_format, gpu_format_names
 from vllm_kvcompress.formats.base import SUPPORTED_HEAD_DIMS, write_tokens
 from vllm_kvcompress.kernels.reference import attend_reference
 from vllm_kvcompress.triton_kernels.attend import attend, workspace_elements
@@ -136,7 +136,7 @@ def assert_close(got, expected, tolerance=TOLERANCE):
 MIXED = [(0, 3), (270, 1), (129, 1), (0, 0), (1, 1), (128, 2), (57, 0)]
 
 
-@pytest.mark.parametrize("name", format_names())
+@pytest.mark.parametrize("name", gpu_format_names())
 def test_mixed_batch(device, name):
     Batch(MIXED, group=2, name=name, missing=0.3).check(device, num_splits=2)
 

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from vllm_kvcompress.formats import format_names, get_format
+from vllm_kvcompress.formats import get_format, gpu_format_names
 from vllm_kvcompress.formats.base import SUPPORTED_HEAD_DIMS, page_fields, read_pages
 from vllm_kvcompress.triton_kernels.gather import gather_history
 
@@ -101,7 +101,7 @@ class History:
 MIXED = [(0, 5), (300, 1), (128, 0), (1, 70), (0, 0)]
 
 
-@pytest.mark.parametrize("name", format_names())
+@pytest.mark.parametrize("name", gpu_format_names())
 def test_mixed_batch(device, name):
     History(MIXED, name, heads=1).check(device, 256)
 

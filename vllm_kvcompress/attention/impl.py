@@ -28,6 +28,7 @@ from vllm_kvcompress.formats.base import PageLayout
 from vllm_kvcompress.kernels import torch_attention
 from vllm_kvcompress.kernels.selection import choose_decode
 from vllm_kvcompress.quantizers.hadamard import hadamard
+from vllm_kvcompress.quantizers.random_rotation import split_rotation
 
 if TYPE_CHECKING:
     from vllm_kvcompress.attention.gpu import GpuAttention
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.kvcompress")
 
 WINDOW_SUFFIX = ".window"
+
+# Seeds of the random rotations, far enough apart for the groups of channels that count up from them.
+_KEY_SEED, _VALUE_SEED = 0, 100
+# A first prompt with fewer tokens is a poor sample of which channels are outliers.
+_ENOUGH_TOKENS = 64
 
 
 @functools.lru_cache(maxsize=1)
@@ -96,6 +102,8 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         self._k_mean: torch.Tensor | None = None
         self._clip_k: torch.Tensor | float = self._resolved.page_format.clip_k
         self._clip_v: torch.Tensor | float = self._resolved.page_format.clip_v
+        self._chooses_outliers = False
+        """Whether the next tokens stored settle which channels are outliers"""
         self._gpu: GpuAttention | None = None
         """None: the torch path serves"""
         self._layer: AttentionLayerBase | None = None
@@ -164,6 +172,10 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         if page_format.rotation == "hadamard":
             matrix = hadamard(self.head_size).to(device).expand(self.num_kv_heads, -1, -1)
             self._k_rotation = self._v_rotation = matrix
+        if page_format.rotation == "random":
+            if self._k_rotation is None:  # never anew: pages may hold tokens rotated by it
+                self._load_random_rotations(layer_index)
+            return
         if self._resolved.rotation is None:
             return
         layer = _read_rotation(self._resolved.rotation).layers[layer_index]
@@ -173,6 +185,53 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         self._clip_k, self._clip_v = layer.k_clip[heads].to(device), layer.v_clip[heads].to(device)
         if page_format.centring == "static":
             self._k_mean = layer.k_mean[heads].to(device)
+
+    def _load_random_rotations(self, layer_index: int) -> None:
+        device = self._vllm_config.device_config.device
+        unsplit = torch.arange(self.head_size, device=device).expand(self.num_kv_heads, -1)
+        self._set_random_rotations(unsplit, unsplit)
+        if not self._resolved.page_format.splits_channels:
+            return
+        path = self._resolved.rotation
+        metadata = None if path is None else _read_rotation(path).metadata
+        self._chooses_outliers = metadata is None or not metadata.k_channels
+        if metadata is None or self._chooses_outliers:
+            missing = "" if path is None else f": {path} does not say, it was made by an earlier release"
+            _say_once(f"{self.kv_cache_dtype}: the first prompt decides which channels are outliers{missing}")
+            return
+        heads = self._own_kv_heads(metadata.num_kv_heads)
+        index = metadata.layer_ids.index(layer_index)
+        k_order, v_order = (
+            torch.tensor(channels[index], device=device)[heads]
+            for channels in (metadata.k_channels, metadata.v_channels)
+        )
+        self._set_random_rotations(k_order, v_order)
+
+    def _set_random_rotations(self, k_order: torch.Tensor, v_order: torch.Tensor) -> None:
+        """k_order, v_order: [H, D] int64, the channels of each head, outliers first."""
+        page_format, dim = self._resolved.page_format, self.head_size
+        self._k_rotation = split_rotation(k_order, page_format.keys.part_sizes(dim), _KEY_SEED)
+        self._v_rotation = split_rotation(v_order, page_format.values.part_sizes(dim), _VALUE_SEED)
+
+    def _choose_outliers(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Settle which channels of this layer's heads are outliers, by the first tokens stored: the largest energy.
+
+        Once for the engine's lifetime: what is in the pages depends on it.
+
+        Args:
+            key, value: [T, H, D] of the first prompt's first chunk.
+        """
+        self._chooses_outliers = False
+        k, v = key.float(), value.float()
+        if self._resolved.page_format.centring == "page":
+            k = k - k.mean(dim=0)
+        k_order, v_order = (x.square().sum(dim=0).argsort(dim=-1, descending=True, stable=True) for x in (k, v))
+        self._set_random_rotations(k_order, v_order)
+        if len(key) < _ENOUGH_TOKENS:
+            _say_once(
+                f"{self.kv_cache_dtype}: outlier channels were chosen by a first prompt of {len(key)} tokens; one of "
+                f"{_ENOUGH_TOKENS} or more is a better sample"
+            )
 
     def _own_kv_heads(self, total: int) -> list[int]:
         """Indices of this rank's KV heads; ranks beyond `total` hold replicas, as vLLM lays them out."""
@@ -222,6 +281,8 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         plan = attn_metadata.plan(windows)
         total = attn_metadata.num_actual_tokens
         query, key, value, output = query[:total], key[:total], value[:total], output[:total]
+        if self._chooses_outliers and len(plan.slots):
+            self._choose_outliers(key[plan.stored_tokens], value[plan.stored_tokens])
         k_cache, v_cache = self._to_cache_space(key, value)
         for group in plan.groups:
             rows = group.tokens.flatten()

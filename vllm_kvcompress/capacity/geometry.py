@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_kvcompress.formats import get_format, is_ours
 from vllm_kvcompress.formats.base import PAGE_TOKENS
+from vllm_kvcompress.sliding import full_attention_layers
 
 BF16_BYTES = 2
 
@@ -18,6 +19,7 @@ class Geometry:
     """What decides the size of a model's KV cache."""
 
     num_layers: int
+    """Those whose cache grows with the context: not the sliding-window layers"""
     num_kv_heads: int
     head_dim: int
     max_positions: int
@@ -32,7 +34,7 @@ def geometry_of(text_config: Any) -> Geometry:
     """Geometry in a text model's configuration (`PretrainedConfig.get_text_config()`)."""
     heads = text_config.num_attention_heads
     return Geometry(
-        num_layers=text_config.num_hidden_layers,
+        num_layers=len(full_attention_layers(text_config, text_config.num_hidden_layers)),
         num_kv_heads=getattr(text_config, "num_key_value_heads", None) or heads,
         head_dim=getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,
         max_positions=text_config.max_position_embeddings,

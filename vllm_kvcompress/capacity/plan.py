@@ -22,6 +22,7 @@ from vllm_kvcompress.checks import unsupported_reasons
 from vllm_kvcompress.errors import KVCompressError, UnsupportedModelError
 from vllm_kvcompress.formats import format_names, is_ours
 from vllm_kvcompress.formats.base import PAGE_TOKENS
+from vllm_kvcompress.sliding import full_attention_layers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -94,12 +95,17 @@ def _problem(error: Any) -> str:
 def _unplanned(config: VllmConfig) -> list[str]:
     """Reasons for which the specs of a supported configuration do not follow from it as below."""
     model_config: Any = config.model_config
+    layers = model_config.get_total_num_hidden_layers()
     heads, ranks = model_config.get_total_num_kv_heads(), config.parallel_config.tensor_parallel_size
     found = [
         (getattr(model_config, "is_attention_free", False), "models without attention keep no KV cache"),
         (
             getattr(model_config.model_arch_config, "per_layer_overrides", None) is not None,
             "models whose layers differ in heads or head size are not planned",
+        ),
+        (
+            len(full_attention_layers(model_config.hf_text_config, layers)) < layers,
+            "models with sliding-window layers, which keep a cache of their own beside ours, are not planned",
         ),
         (
             bool(heads % ranks and ranks % heads),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF to a Hugging Face model folder in bfloat16, for Llama and Qwen2 models.
+"""GGUF to a Hugging Face model folder in bfloat16, for Llama, Qwen2 and Gemma 3 (text) models.
 
 Weights are dequantised one tensor at a time and written shard by shard, so memory stays at about one shard plus the
 largest tensor. (Transformers reads GGUF too, but holds the whole model and needs `accelerate`.)
@@ -8,7 +8,8 @@ largest tensor. (Transformers reads GGUF too, but holds the whole model and need
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,21 +24,6 @@ if TYPE_CHECKING:
 DEFAULT_SHARD_BYTES = 512 << 20
 
 
-@dataclass(frozen=True)
-class _Architecture:
-    """How one GGUF architecture maps to a Transformers model."""
-
-    model_type: str
-    class_name: str
-    permuted: bool
-    """Whether llama.cpp interleaved the two RoPE halves of q and k rows, which must be undone."""
-
-
-_ARCHITECTURES = {
-    "llama": _Architecture("llama", "LlamaForCausalLM", permuted=True),
-    "qwen2": _Architecture("qwen2", "Qwen2ForCausalLM", permuted=False),
-}
-
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -49,10 +35,64 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA3_LAYER_NAMES = {
+    **_LAYER_NAMES,
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _OUTER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
+}
+
+
+def _gemma3_config(value: Callable[..., Any]) -> dict[str, Any]:
+    """What a Gemma 3 file leaves to llama.cpp's code: the pattern of layers, the local RoPE base, the score scale."""
+    layers, hidden, heads = value("block_count"), value("embedding_length"), value("attention.head_count")
+    pattern = value("attention.sliding_window_pattern", 6)
+    slides = pattern if isinstance(pattern, list) else [(layer + 1) % pattern != 0 for layer in range(layers)]
+    local_base = float(value("rope.freq_base_swa", 10000.0))
+    return {
+        "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in slides],
+        "sliding_window": value("attention.sliding_window"),
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": float(value("rope.freq_base", 1e6))},
+            "sliding_attention": {"rope_type": "default", "rope_theta": local_base},
+        },
+        # Of all sizes only the 27B one, known by its 62 layers, does not scale by its head size.
+        "query_pre_attn_scalar": hidden // heads if layers == 62 else value("attention.key_length", 256),
+    }
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """How one GGUF architecture maps to a Transformers model."""
+
+    model_type: str
+    class_name: str
+    permuted: bool = False
+    """Whether llama.cpp interleaved the two RoPE halves of q and k rows, which must be undone."""
+    norms_plus_one: bool = False
+    """Whether the file holds 1 + w where the model holds the weight w of a norm."""
+    layer_names: Mapping[str, str] = field(default_factory=lambda: _LAYER_NAMES)
+    config: Callable[[Callable[..., Any]], dict[str, Any]] = lambda value: {}
+    """Configuration of this architecture alone, from a getter of its metadata."""
+
+
+_ARCHITECTURES = {
+    "llama": _Architecture("llama", "LlamaForCausalLM", permuted=True),
+    "qwen2": _Architecture("qwen2", "Qwen2ForCausalLM"),
+    "gemma3": _Architecture(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        norms_plus_one=True,
+        layer_names=_GEMMA3_LAYER_NAMES,
+        config=_gemma3_config,
+    ),
 }
 
 
@@ -74,9 +114,10 @@ def gguf_to_hf(gguf_path: Path, target: Path, shard_bytes: int = DEFAULT_SHARD_B
     tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
     target.mkdir(parents=True, exist_ok=True)
     config = _config(metadata, architecture, tied, reader)
-    heads = (config.num_attention_heads, config.num_key_value_heads) if architecture.permuted else None
-    _write_weights(reader, target, heads, shard_bytes)
-    _write_tokenizer(gguf_path, target, config)
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    _write_weights(reader, target, architecture, heads, shard_bytes)
+    add_bos = reader.fields.get("tokenizer.ggml.add_bos_token")
+    _write_tokenizer(gguf_path, target, config, add_bos is not None and bool(add_bos.contents()))
     config.save_pretrained(target)
     return target
 
@@ -109,8 +150,7 @@ def _config(metadata: dict[str, Any], architecture: _Architecture, tied: bool, r
         for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding"))
         if f"tokenizer.ggml.{name}_token_id" in reader.fields
     }
-    return AutoConfig.for_model(
-        architecture.model_type,
+    values = dict(
         architectures=[architecture.class_name],
         vocab_size=len(reader.fields["tokenizer.ggml.tokens"].data),
         hidden_size=hidden,
@@ -127,15 +167,16 @@ def _config(metadata: dict[str, Any], architecture: _Architecture, tied: bool, r
         dtype="bfloat16",
         **special,
     )
+    return AutoConfig.for_model(architecture.model_type, **{**values, **architecture.config(value)})
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, layer_names: Mapping[str, str]) -> str:
     """Transformers' name of a GGUF tensor: `blk.3.attn_q.bias` -> `model.layers.3.self_attn.q_proj.bias`."""
     if name in _OUTER_NAMES:
         return _OUTER_NAMES[name]
     match name.split("."):
-        case ["blk", layer, part, ("weight" | "bias") as kind] if part in _LAYER_NAMES:
-            return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
+        case ["blk", layer, part, ("weight" | "bias") as kind] if part in layer_names:
+            return f"model.layers.{layer}.{layer_names[part]}.{kind}"
     raise UnsupportedModelError(f"cannot convert GGUF tensor {name!r}")
 
 
@@ -144,21 +185,25 @@ def unpermute(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
-def _tensor(tensor: Any, heads: tuple[int, int] | None) -> torch.Tensor:
-    """One tensor in bfloat16, in Transformers' row order."""
+def _tensor(tensor: Any, architecture: _Architecture, heads: tuple[int, int]) -> torch.Tensor:
+    """One tensor in bfloat16, as Transformers keeps it; `heads` are those of queries and of keys."""
     from gguf import dequantize
 
     # Unquantised tensors come as read-only views of the file, which PyTorch warns about: copy those.
-    values = numpy.require(dequantize(tensor.data, tensor.tensor_type), requirements="W")
-    weight = torch.from_numpy(values).to(torch.bfloat16)
-    if heads is not None and ".attn_q." in tensor.name:
+    weight = torch.from_numpy(numpy.require(dequantize(tensor.data, tensor.tensor_type), requirements="W"))
+    if architecture.norms_plus_one and tensor.name.endswith("norm.weight"):
+        weight = weight - 1
+    weight = weight.to(torch.bfloat16)
+    if architecture.permuted and ".attn_q." in tensor.name:
         weight = unpermute(weight, heads[0])
-    elif heads is not None and ".attn_k." in tensor.name:
+    elif architecture.permuted and ".attn_k." in tensor.name:
         weight = unpermute(weight, heads[1])
     return weight.contiguous()
 
 
-def _write_weights(reader: GGUFReader, target: Path, heads: tuple[int, int] | None, shard_bytes: int) -> None:
+def _write_weights(
+    reader: GGUFReader, target: Path, architecture: _Architecture, heads: tuple[int, int], shard_bytes: int
+) -> None:
     from safetensors.torch import save_file
 
     parts: list[tuple[Path, list[str]]] = []
@@ -173,8 +218,8 @@ def _write_weights(reader: GGUFReader, target: Path, heads: tuple[int, int] | No
         shard, size = {}, 0
 
     for tensor in reader.tensors:
-        weight = _tensor(tensor, heads)
-        shard[_hf_name(tensor.name)] = weight
+        weight = _tensor(tensor, architecture, heads)
+        shard[_hf_name(tensor.name, architecture.layer_names)] = weight
         size += weight.nbytes
         total += weight.nbytes
         if size >= shard_bytes:
@@ -195,17 +240,24 @@ def _write_weights(reader: GGUFReader, target: Path, heads: tuple[int, int] | No
     (target / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=1), encoding="utf-8")
 
 
-def _write_tokenizer(gguf_path: Path, target: Path, config: Any) -> None:
+def _write_tokenizer(gguf_path: Path, target: Path, config: Any, add_bos: bool) -> None:
     """Tokenizer, chat template and generation defaults (which name the token that ends an answer)."""
+    from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
     tokenizer.model_max_length = config.max_position_embeddings
+    bos = tokenizer.bos_token
+    if add_bos and bos and tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
+        # Transformers drops this flag of the file; Gemma makes no sense of a text that does not begin with it.
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
     tokenizer.save_pretrained(target)
     ends = {config.eos_token_id}
     # A chat model may end a turn with another token than the one the file names as the end of text.
     vocabulary = tokenizer.get_vocab()
-    ends |= {vocabulary[name] for name in ("<|im_end|>", "<|endoftext|>") if name in vocabulary}
+    ends |= {vocabulary[name] for name in ("<|im_end|>", "<|endoftext|>", "<end_of_turn>") if name in vocabulary}
     GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=sorted(ends), pad_token_id=config.pad_token_id
     ).save_pretrained(target)

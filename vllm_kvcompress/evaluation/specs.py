@@ -56,8 +56,9 @@ def parse_formats(
         config = copy.deepcopy(additional_config or {})
         if is_ours(name):
             settings = {**config.get(NAMESPACE, {}), **(common or {})}
-            if not get_format(name).needs_calibration:
-                # One --rotation serves a whole comparison; formats without a file refuse one.
+            page_format = get_format(name)
+            if not (page_format.needs_calibration or page_format.splits_channels):
+                # One --rotation serves a whole comparison; formats that read no file refuse one.
                 settings.pop("rotation", None)
             settings |= overrides
             if settings:

@@ -4,19 +4,47 @@
 from __future__ import annotations
 
 from vllm_kvcompress.errors import KVCompressError
-from vllm_kvcompress.formats import hadamard_int2, int2, oscar_int2, oscar_int2_static
+from vllm_kvcompress.formats import (
+    hadamard_int2,
+    int2,
+    oscar_int2,
+    oscar_int2_qjl,
+    oscar_int2_static,
+    turboquant_2_5,
+    turboquant_2_5_qjl,
+    turboquant_3_5,
+    turboquant_3_5_qjl,
+    turboquant_4,
+)
 from vllm_kvcompress.formats.base import PageFormat, PageLayout
 
 _FORMATS: dict[str, PageFormat] = {
-    module.FORMAT.name: module.FORMAT for module in (oscar_int2, oscar_int2_static, hadamard_int2, int2)
+    module.FORMAT.name: module.FORMAT
+    for module in (
+        oscar_int2,
+        oscar_int2_static,
+        oscar_int2_qjl,
+        hadamard_int2,
+        int2,
+        turboquant_4,
+        turboquant_3_5,
+        turboquant_3_5_qjl,
+        turboquant_2_5,
+        turboquant_2_5_qjl,
+    )
 }
 
-__all__ = ["PageFormat", "PageLayout", "format_names", "get_format", "is_ours"]
+__all__ = ["PageFormat", "PageLayout", "format_names", "get_format", "gpu_format_names", "is_ours"]
 
 
 def format_names() -> tuple[str, ...]:
     """The names `--kv-cache-dtype` gains from this package."""
     return tuple(_FORMATS)
+
+
+def gpu_format_names() -> tuple[str, ...]:
+    """The formats that the Triton and CUDA kernels serve; the others run in torch on any device."""
+    return tuple(name for name, page_format in _FORMATS.items() if page_format.has_gpu_kernels)
 
 
 def is_ours(kv_cache_dtype: str | None) -> bool:

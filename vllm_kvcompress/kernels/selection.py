@@ -30,6 +30,9 @@ class Case:
     """query heads per KV head"""
     dtype: torch.dtype
     """the model's"""
+    page_format: str
+    has_gpu_kernels: bool
+    """of the page format"""
 
 
 def choose_path(
@@ -46,6 +49,8 @@ def choose_path(
     if setting == "torch":
         return "torch", "kernels=torch"
     reason = _no_triton(device_type, capability)
+    if reason is None and not case.has_gpu_kernels:
+        reason = f"no GPU kernel reads the pages of {case.page_format} yet"
     if setting == "auto":
         if device_type == "cpu":
             return "torch", "this engine runs on the CPU"

@@ -119,11 +119,15 @@ def attend(
             )
         return torch.cat(parts)
     history = torch.cat((group.page_mask, group.window_mask), dim=1)
-    codes = _read_codes(pages, layout, group) if paged else None
+    codes = _read_codes(pages, layout, group) if paged and layout.is_two_bit else None
     windows = _read_windows(window_cache, group, window_dtype) if windowed else None
-    if query_heads * new <= _FEW_ROWS:
+    sources = []
+    if paged and codes is None:
+        sources.append(_read_dequantised(pages, layout, group))
+    elif query_heads * new <= _FEW_ROWS:
         return _attend_codes(queries, keys, values, codes, windows, history, scale)
-    sources = [] if codes is None else [codes.dequantise_()]
+    elif codes is not None:
+        sources.append(codes.dequantise_())
     if windows is not None:
         sources.append(windows)
     sources.append((keys, values))
@@ -209,7 +213,8 @@ class _Codes:
         return keys, self.values.mul_(self.value_scale.mT).add_(self.value_zero.mT)
 
 
-def _read_codes(pages: torch.Tensor, layout: PageLayout, group: ReadGroup) -> _Codes:
+def _gather_pages(pages: torch.Tensor, group: ReadGroup) -> torch.Tensor:
+    """[B, H, P, head_bytes] uint8: a copy of the group's pages, in the workspace."""
     batch, count = group.pages.shape
     heads = pages.shape[1]
     # Words of 16 bytes: an indexed copy costs per element, and head_bytes is a multiple of 16.
@@ -217,7 +222,21 @@ def _read_codes(pages: torch.Tensor, layout: PageLayout, group: ReadGroup) -> _C
     head_index = torch.arange(heads, device=pages.device)[None, :, None]
     gathered = _WORKSPACE.get("pages", (batch, heads, count, words.shape[-1]), words.dtype, words.device)
     torch.ops.aten.index.Tensor_out(words, [group.pages[:, None, :], head_index], out=gathered)
-    fields = page_fields(gathered.view(torch.uint8), layout)  # [B, H, P, ...]
+    return gathered.view(torch.uint8)
+
+
+def _read_dequantised(pages: torch.Tensor, layout: PageLayout, group: ReadGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [B, H, T, D] float32 of a group's pages, T = P * page_tokens; zero where no token is read."""
+    keys, values = read_pages(_gather_pages(pages, group), layout)
+    unread = ~group.page_mask.view(len(group.pages), 1, -1, 1)
+    # Not multiplied by zero: unwritten bytes read as anything, NaN included.
+    return keys.flatten(2, 3).masked_fill_(unread, 0), values.flatten(2, 3).masked_fill_(unread, 0)
+
+
+def _read_codes(pages: torch.Tensor, layout: PageLayout, group: ReadGroup) -> _Codes:
+    batch, count = group.pages.shape
+    heads = pages.shape[1]
+    fields = page_fields(_gather_pages(pages, group), layout)  # [B, H, P, ...]
     by_page = (batch, heads, count, layout.page_tokens)
     index = _WORKSPACE.get("index", (*by_page, layout.code_bytes), torch.int64, pages.device)
     unread = ~group.page_mask.view(batch, 1, count, layout.page_tokens)

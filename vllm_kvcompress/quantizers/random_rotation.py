@@ -49,3 +49,21 @@ def random_rotation(dim: int, seed: int, rounds: int = 1) -> torch.Tensor:
         signs = torch.from_numpy(random.randint(0, 2, dim) * 2.0 - 1.0)
         matrix = matrix * signs @ hadamard(dim).double()
     return matrix.float()
+
+
+def split_rotation(order: torch.Tensor, sizes: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Rotations that keep groups of channels apart: the channels of each group are mixed among themselves alone.
+
+    Two rounds: rows with a few large channels come in every layer.
+
+    Args:
+        order: [..., D] int64, a permutation of the channels; the first `sizes[0]` are the first group, and so on.
+        sizes: channels of each group, D in all.
+        seed: of the first group; each group has its own.
+
+    Returns:
+        [..., D, D] float32, orthogonal, applied as x @ rotation; output channels are in the order of the groups.
+    """
+    mixed = torch.block_diag(*(random_rotation(size, seed + group, rounds=2) for group, size in enumerate(sizes)))
+    # Row i of the product is row j of `mixed` where order[j] = i.
+    return mixed.to(order.device)[order.argsort(dim=-1)]

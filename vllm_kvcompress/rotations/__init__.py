@@ -5,6 +5,7 @@ from vllm_kvcompress.rotations.file import check_fits, read_metadata, read_rotat
 from vllm_kvcompress.rotations.locate import (
     ROTATION_BESIDE_MODEL,
     default_output,
+    find_optional_rotation,
     find_rotation,
     model_fingerprint,
     model_folder,
@@ -20,6 +21,7 @@ __all__ = [
     "RotationSet",
     "check_fits",
     "default_output",
+    "find_optional_rotation",
     "find_rotation",
     "model_fingerprint",
     "model_folder",

@@ -114,6 +114,15 @@ def _parse_metadata(path: Path) -> tuple[RotationMetadata, str, str]:
             f"{path} is damaged: {len(metadata.sensitivity)} sensitivities for {len(ids)} layers. "
             f"{_advice(metadata.model)}"
         )
+    channels = list(range(metadata.head_dim))
+    for name in ("k_channels", "v_channels"):
+        order = getattr(metadata, name)
+        fits = len(order) == len(ids) and all(len(layer) == metadata.num_kv_heads for layer in order)
+        if order and not (fits and all(sorted(head) == channels for layer in order for head in layer)):
+            raise RotationError(
+                f"{path} is damaged: {name} does not order the {len(channels)} channels of {metadata.num_kv_heads} KV "
+                f"heads in {len(ids)} layers. {_advice(metadata.model)}"
+            )
     return metadata, text, checksum
 
 

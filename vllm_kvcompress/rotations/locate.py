@@ -179,6 +179,20 @@ def find_rotation(model: str, folder: Path | None, explicit: str | Path | None) 
     )
 
 
+def find_optional_rotation(model: str, folder: Path | None, explicit: str | Path | None) -> Path | None:
+    """As `find_rotation`, but None where no file was asked for and none is there.
+
+    Raises:
+        RotationError: the file that was asked for does not exist.
+    """
+    try:
+        return find_rotation(model, folder, explicit)
+    except RotationError:
+        if explicit is not None:
+            raise
+        return None
+
+
 def default_output(model: str, folder: Path) -> Path:
     """Where calibration writes: beside a writable local model folder, else the user cache."""
     is_local = Path(model).expanduser().exists()

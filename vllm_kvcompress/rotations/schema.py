@@ -60,6 +60,10 @@ class RotationMetadata(BaseModel):
     """"calibrate", "rotation-zoo v1" or "rotation-zoo v2"."""
     sensitivity: list[float] = Field(default_factory=list)
     """Per layer of `layer_ids`: 1 - mean cosine of its keys with and without distant context; empty if not measured."""
+    k_channels: list[list[list[int]]] = Field(default_factory=list)
+    """[L][H][D]: channels of the keys, before rotation, by falling energy about their mean; empty if not measured."""
+    v_channels: list[list[list[int]]] = Field(default_factory=list)
+    """[L][H][D]: channels of the values by falling energy, weighted by the attention they receive"""
 
 
 @dataclass
