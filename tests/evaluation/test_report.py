@@ -114,3 +114,16 @@ def test_png(tmp_path, contexts, formats):
     rows = [row for row in report.rows if row.spec.label in formats]
     assert write_plot(Report(report.settings, rows), tmp_path / "eval.png")
     assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_stress_is_named():
+    report = outcome([2048])
+    report.settings["stress"] = "outliers=16"
+    # A second auto, on the stressed model: nothing to draw, like the reference.
+    spec = FormatSpec("auto on the copy", "auto")
+    report.rows.insert(1, Row(spec, 2048, report.rows[0].text))
+    assert table(report).splitlines()[0] == "Stressed model: outliers=16"
+    pytest.importorskip("matplotlib")
+    figure = draw(report)
+    assert figure.get_suptitle().endswith("fed 64 at a time, stress outliers=16")
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [0.01, 0.4]

@@ -24,7 +24,11 @@ Chunks of one context are disjoint; those of different contexts are cut from the
 **Several engines at once.** With `--jobs` above 1 the engines start together with the reference and wait at each prompt
 for its hidden states of that prompt. Files another process looks for are written under another name first.
 
+**Under stress.** With `--stress` all but the reference run on a copy of the model that computes the same function with
+outliers in its keys. `auto` runs on both: on the plain model as the reference, on the copy to show that it is the same
+function.
+
 Modules: `specs` what to run; `text`, `recall`, `prompts` what to feed and `plan` how much of it at each context;
-`launch` the process, `engine` and `recorder` the run inside it; `metrics` figures and intervals; `report` table, JSON
-and PNG; `command` the command line.
+`stress` the copy of the model; `launch` the process, `engine` and `recorder` the run inside it; `metrics` figures and
+intervals; `report` table, JSON and PNG; `command` the command line.
 """

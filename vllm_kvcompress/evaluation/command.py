@@ -6,6 +6,9 @@ prediction past the windows reads its history from the KV pages. `auto` always r
 intervals: perplexity and its ratio to auto, KL(auto || format) over the whole vocabulary, top-1 agreement; and verbatim
 recall of a sentence by depth. Several contexts (--context 2048,8192,32768) are fed to one engine a format, and reported
 each. The chunks of one context never overlap; chunks of different contexts may share text.
+
+--stress outliers=16 measures on a copy of the model that computes the same function with outliers in a few of its key
+channels, as large models have them.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvcompress.errors import KVCompressError
-from vllm_kvcompress.evaluation import launch, recall, report, text
+from vllm_kvcompress.evaluation import launch, recall, report, stress, text
 from vllm_kvcompress.evaluation.engine import Job, engine_arguments
 from vllm_kvcompress.evaluation.metrics import text_figures
 from vllm_kvcompress.evaluation.plan import Plan, Sizes, pair_sizes
@@ -62,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=64,
         help="most tokens fed a step; 1 = decoding, slower and a little worse (default %(default)s)",
     )
+    outliers = (
+        f"multiply the keys of {stress.PAIRS_PER_HEAD} RoPE pairs a KV head by FACTOR and divide the queries: scores "
+        "stay. Formats that need a rotation file get one made for this model on the text --skip-fraction leaves out. "
+        "Writes a copy of the weights to TMPDIR"
+    )
+    parser.add_argument("--stress", metavar="outliers=FACTOR", help=outliers)
     windows = parser.add_argument_group("settings of this package's formats")
     windows.add_argument("--sinks", type=int, metavar="S", help="first tokens kept exact")
     windows.add_argument("--recent", type=int, metavar="R", help="last tokens kept exact")
@@ -85,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs)
     engine.add_argument("--engine-args", type=_json_object, default={}, metavar="JSON", help=more)
-    parser.add_argument("--seed", type=int, default=0, help="of recall sentences and bootstrap (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of sentences, bootstrap, stress (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("kvcompress-eval"), metavar="DIR", help="default: %(default)s")
 
 
@@ -116,6 +125,10 @@ def run(args: argparse.Namespace) -> int:
     if args.max_model_len is not None and args.max_model_len < largest:
         raise KVCompressError(f"--max-model-len {args.max_model_len} is below --context {largest}")
     specs = parse_formats(args.formats, common=_common_settings(args), additional_config=args.additional_config)
+    factor = None
+    if args.stress is not None:
+        factor = stress.parse_stress(args.stress)
+        specs = stress.stressed_specs(specs, args.model, args.rotation)
     windows = {spec.label: spec.windows(args.model) for spec in specs}
     first_position = max(sinks + recent for sinks, recent in windows.values())
     if sizes[0].context - 1 - first_position < _MIN_SCORED:
@@ -124,16 +137,25 @@ def run(args: argparse.Namespace) -> int:
             "--context or lower --sinks and --recent"
         )
     # Before anything slow: a missing file should not be found out after loading a tokenizer.
-    source = text.read_text(args.data, args.skip_fraction)
-    config, tokenizer = _load_model_files(args)
+    skipped, source = text.read_text(args.data, args.skip_fraction)
+    model_config, tokenizer = _load_model_files(args)
+    config = model_config.get_text_config()
     _check_limit(largest, config)
+    stressed = None
+    if factor is not None:
+        stressed = stress.plan_stress(args.model, factor, seed=args.seed, config=model_config)
+        if stress.needs_calibration(specs) and not skipped.strip():
+            raise KVCompressError("--stress calibrates on the text that --skip-fraction leaves out: raise it above 0")
     plans = [_plan(one, source, tokenizer, list(windows.values()), args) for one in sizes]
     prompts = [prompt for plan in plans for prompt in plan.prompts]
     notes = _notes(args, specs, windows)
+    if stressed is not None and stress.needs_calibration(specs):
+        notes.append(f"Rotation file made on the stressed model, on the first {args.skip_fraction:.0%} of --data.")
     settings = {
         **{name: value for name, value in vars(args).items() if name != "command"},
         # By ascending context, one number each.
         **{field.name: [getattr(one, field.name) for one in sizes] for field in dataclasses.fields(Sizes)},
+        "stress": None if stressed is None else str(stressed),
         "first_position": first_position,
         "windows": windows,
         "kvcompress": version("vllm-kvcompress"),
@@ -142,9 +164,17 @@ def run(args: argparse.Namespace) -> int:
     outcome = report.Report(settings, [], notes)
     kv_bytes = args.kv_bytes or _kv_bytes(config, largest)
     with tempfile.TemporaryDirectory(prefix="kvcompress-eval-") as scratch:
+        model = args.model
+        if stressed is not None:
+            copy = Path(scratch) / "stressed"
+            stressed.write(copy)
+            if stress.needs_calibration(specs):
+                stress.calibrate(copy, skipped)
+            model = str(copy)
         tasks = [
             launch.Task(
-                _job(number, spec, Path(scratch), args, largest, kv_bytes),
+                # The reference is the plain model's.
+                _job(number, spec, model if number else args.model, Path(scratch), args, largest, kv_bytes),
                 spec.label,
                 args.out / "logs" / f"{number}-{spec.kv_cache_dtype}.log",
             )
@@ -154,11 +184,13 @@ def run(args: argparse.Namespace) -> int:
             reference = next(results)
             if isinstance(reference, launch.EngineFailure):
                 raise KVCompressError(f"the reference engine (auto) failed: {reference}")
-            for spec, recorded in zip(specs, itertools.chain([reference], results), strict=True):
+            for number, (spec, recorded) in enumerate(zip(specs, itertools.chain([reference], results), strict=True)):
                 if isinstance(recorded, launch.EngineFailure):
                     outcome.rows.extend(report.Row(spec, plan.context, error=str(recorded)) for plan in plans)
                 else:
                     outcome.rows.extend(_rows(spec, recorded, reference, plans, args.seed))
+                if number == 1 and stressed is not None:
+                    notes.append(stress.check_preserved(outcome.rows[: len(plans)], outcome.rows[len(plans) :]))
                 # Written after every format: an interrupted run keeps what it has.
                 report.write_json(outcome, args.out / "eval.json")
     print(report.table(outcome))
@@ -171,13 +203,15 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(row.error for row in outcome.rows) else 0
 
 
-def _job(number: int, spec: FormatSpec, scratch: Path, args: argparse.Namespace, largest: int, kv_bytes: int) -> Job:
+def _job(
+    number: int, spec: FormatSpec, model: str, scratch: Path, args: argparse.Namespace, largest: int, kv_bytes: int
+) -> Job:
     return Job(
         folder=scratch / str(number),
         reference_folder=scratch / "0" if number else None,
         feed=args.feed,
         engine_args=engine_arguments(
-            args.model,
+            model,
             kv_cache_dtype=spec.kv_cache_dtype,
             additional_config=spec.additional_config,
             feed=args.feed,
@@ -264,7 +298,7 @@ def _load_model_files(args: argparse.Namespace) -> tuple[PretrainedConfig, Any]:
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise KVCompressError(f"cannot load {args.model}: {error}") from None
-    return config.get_text_config(), tokenizer
+    return config, tokenizer
 
 
 def _check_limit(context: int, config: PretrainedConfig) -> None:

@@ -71,6 +71,8 @@ def table(report: Report) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     ]
     rendered.insert(1, "  ".join("-" * width for width in widths))
+    if stress := report.settings.get("stress"):
+        rendered.insert(0, f"Stressed model: {stress}")
     # An engine serves all contexts, so its failure is told once.
     rendered += dict.fromkeys(f"{row.spec.label}: failed: {row.error}" for row in report.rows if row.error)
     rendered += [f"Note: {note}" for note in report.notes]
@@ -126,8 +128,8 @@ def draw(report: Report) -> Figure:
     from matplotlib.lines import Line2D
 
     scored = [(row, row.text) for row in report.by_context() if row.text is not None]
-    # The reference is 0 and 1 by definition; showing it would only take room.
-    compared = [(row, text) for row, text in scored if row.spec.label != report.rows[0].spec.label]
+    # The reference is 0 and 1 by definition, as it is on a stressed model; showing it would only take room.
+    compared = [(row, text) for row, text in scored if row.spec.kv_cache_dtype != report.rows[0].spec.kv_cache_dtype]
     contexts = list(dict.fromkeys(row.context for row, _ in scored))
     labels = dict.fromkeys(row.spec.label for row, _ in scored)
     colours = {label: f"C{index % 10}" for index, label in enumerate(labels)}
@@ -164,7 +166,7 @@ def draw(report: Report) -> Figure:
     sizes = ", ".join(f"{chunks} x {context}" for chunks, context in zip(settings["chunks"], contexts, strict=True))
     figure.suptitle(
         f"{settings['model']}: {sizes} tokens, positions from {settings['first_position']}, fed {settings['feed']} "
-        "at a time"
+        "at a time" + (f", stress {settings['stress']}" if settings.get("stress") else "")
     )
     return figure
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _CHARACTERS_PER_TOKEN = 24
 
 
-def read_text(path: str | Path, skip_fraction: float) -> str:
-    """The text of a file behind its first `skip_fraction` (of characters).
+def read_text(path: str | Path, skip_fraction: float) -> tuple[str, str]:
+    """The text of a file: its first `skip_fraction` (of characters), and what is behind it.
 
     Args:
         path: .txt, or .jsonl with one {"text": ...} or string a line.
@@ -37,7 +37,8 @@ def read_text(path: str | Path, skip_fraction: float) -> str:
         text = "\n\n".join(_records(text, path))
     if not text.strip():
         raise KVCompressError(f"--data {path}: holds no text")
-    return text[int(len(text) * skip_fraction) :]
+    skipped = int(len(text) * skip_fraction)
+    return text[:skipped], text[skipped:]
 
 
 def _records(text: str, path: str | Path) -> list[str]:
