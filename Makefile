@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 MODEL ?=
 FORMAT ?= oscar-int2
 MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
-# Two processes, a file in one of them: engines and interpreted kernels are mostly single-threaded.
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+# Two processes, a file in one of them: engines and interpreted kernels are mostly single-threaded. In the order of their
+# names: by default files of few tests come last, and those are the engines, which then leave one process idle.
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-gpu lint format bench clean
 

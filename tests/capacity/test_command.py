@@ -6,6 +6,7 @@ import json
 import pytest
 
 from vllm_kvcompress.cli import main
+from vllm_kvcompress.formats import format_names
 
 GIB = 1 << 30
 
@@ -50,7 +51,7 @@ def test_table(capsys, llama):
     assert "8 KV heads (1 on each of 16 GPUs) of size 128, bfloat16, at most 131,072 tokens" in out
     assert "80.00 GiB x 0.92 - 1.00 GiB weights - 3.00 GiB reserve = 69.60 GiB [1]" in out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.endswith("x")}
-    assert list(rows) == ["auto", "fp8", "oscar-int2", "oscar-int2-static", "hadamard-int2", "int2"]
+    assert list(rows) == ["auto", "fp8", *format_names()]
     assert rows["auto"][1:3] == ["(bfloat16)", "2,048"] and rows["auto"][-1] == "1.00x"
     # 4 layers, one head of size 128: 74 bytes a token in this format, the fp8 half of 2,048.
     assert rows["fp8"][1] == "1,024" and rows["fp8"][-1] == "2.00x" and rows["hadamard-int2"][1] == "296"

@@ -121,7 +121,7 @@ SLIDING = {"config_class": "MistralConfig", "architecture": "MistralForCausalLM"
 HYBRID = {"config_class": "MambaConfig", "architecture": "MambaForCausalLM"}
 
 
-@pytest.mark.parametrize("changes,reason", [(MLA, "MLA"), (SLIDING, "sliding-window"), (HYBRID, "attention")])
+@pytest.mark.parametrize("changes,reason", [(MLA, "MLA"), (SLIDING, "sliding window"), (HYBRID, "attention")])
 def test_refused_models(tmp_path, changes, reason):
     with pytest.raises(UnsupportedModelError, match=f"the-model cannot be planned: .*{reason}"):
         configure("the-model", save_config(tmp_path, **changes))

@@ -52,6 +52,9 @@ def cuda_wheel() -> Path:
         pytest.skip(f"the CUDA extension cannot be compiled here: {reason}")
     digest = hashlib.sha256(subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout)
     digest.update(torch.__version__.encode())
+    # The names of the modules: what a wheel must hold changes with them.
+    for folder in ("vllm_kvcompress", "triton_kernels", "calibration"):
+        digest.update(repr(sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py"))).encode())
     for path in (ROOT / "setup.py", ROOT / "pyproject.toml", *sorted((ROOT / "csrc").iterdir())):
         digest.update(path.name.encode() + path.read_bytes())
     cache = Path(os.environ.get("KVCOMPRESS_TEST_CACHE", Path.home() / ".cache" / "vllm-kvcompress-tests"))
