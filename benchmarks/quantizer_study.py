@@ -27,7 +27,8 @@ from vllm_kvcompress.calibration import model as models
 from vllm_kvcompress.calibration.statistics import Moments, eigenbasis, rotation_of
 from vllm_kvcompress.calibration.tap import Heads, listening
 from vllm_kvcompress.calibration.text import generated_sequences
-from vllm_kvcompress.quantizers import affine, lloyd_max, packing, qjl
+from vllm_kvcompress.formats.base import RowCode
+from vllm_kvcompress.quantizers import affine, lloyd_max, qjl
 from vllm_kvcompress.quantizers.hadamard import hadamard
 from vllm_kvcompress.quantizers.random_rotation import split_rotation
 
@@ -227,11 +228,12 @@ def lloyd(
         signs: QJL on what is left over.
     """
 
+    rows = RowCode(quantizer="lloyd-max", bits=bits, outlier_share=share)
+
     def read(x: torch.Tensor, p: Any, feedback: torch.Tensor | None = None) -> torch.Tensor:
         dim = x.shape[-1]
-        sizes = (dim,) if len(bits) == 1 else (round(dim * share), dim - round(dim * share))
         found = []
-        for part, b in zip(x.split(sizes, dim=-1), bits, strict=True):
+        for part, b in zip(x.split(rows.part_sizes(dim), dim=-1), bits, strict=True):
             codes, stored = lloyd_max.quantize(part, b, norm_correction=norm == "kept")
             if norm == "unbiased":
                 unit = lloyd_max.codebook(part.shape[-1], b)[codes.int()]
@@ -240,9 +242,7 @@ def lloyd(
         result = torch.cat(found, dim=-1)
         if signs:
             matrix = qjl.sketch_matrix(dim, 0, orthogonal=True)
-            packed, length = qjl.sketch(x - result, matrix)
-            direction = packing.unpack_bits(packed, 1).float() * 2 - 1
-            result = result + direction @ matrix * (length.float() * (math.pi / 2) ** 0.5 / dim).unsqueeze(-1)
+            result = result + qjl.dequantize(*qjl.sketch(x - result, matrix), matrix)
         return result
 
     return read

@@ -188,16 +188,15 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
 
     def _load_random_rotations(self, layer_index: int) -> None:
         device = self._vllm_config.device_config.device
-        unsplit = torch.arange(self.head_size, device=device).expand(self.num_kv_heads, -1)
-        self._set_random_rotations(unsplit, unsplit)
-        if not self._resolved.page_format.splits_channels:
-            return
         path = self._resolved.rotation
         metadata = None if path is None else _read_rotation(path).metadata
-        self._chooses_outliers = metadata is None or not metadata.k_channels
-        if metadata is None or self._chooses_outliers:
-            missing = "" if path is None else f": {path} does not say, it was made by an earlier release"
-            _say_once(f"{self.kv_cache_dtype}: the first prompt decides which channels are outliers{missing}")
+        if metadata is None or not metadata.k_channels:
+            unsplit = torch.arange(self.head_size, device=device).expand(self.num_kv_heads, -1)
+            self._set_random_rotations(unsplit, unsplit)
+            self._chooses_outliers = self._resolved.page_format.splits_channels
+            if self._chooses_outliers:
+                missing = "" if path is None else f": {path} does not say, it was made by an earlier release"
+                _say_once(f"{self.kv_cache_dtype}: the first prompt decides which channels are outliers{missing}")
             return
         heads = self._own_kv_heads(metadata.num_kv_heads)
         index = metadata.layer_ids.index(layer_index)

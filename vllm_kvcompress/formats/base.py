@@ -15,7 +15,6 @@ part and no signs:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -27,6 +26,8 @@ from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.quantizers import affine, lloyd_max, packing, qjl
 
 Quantizer = Literal["affine", "lloyd-max"]
+_HALVES: dict[Quantizer, int] = {"affine": 2, "lloyd-max": 1}
+"""fp16 numbers of a token and part: scale and zero-point, or the norm."""
 Rotation = Literal["none", "hadamard", "random", "calibrated"]
 Centring = Literal["none", "static", "page"]
 
@@ -96,11 +97,6 @@ class RowLayout:
     parts: tuple[Part, ...]
     signs: int | None
     sign_norms: int | None
-
-    @property
-    def halves_per_scale(self) -> int:
-        """fp16 numbers of a token and part: scale and zero-point, or the norm."""
-        return 2 if self.quantizer == "affine" else 1
 
 
 @dataclass(frozen=True)
@@ -224,9 +220,8 @@ class PageFormat(BaseModel):
     def _row_layout(
         self, rows: RowCode, head_dim: int, codes: list[int], signs: int | None, take: Callable[[int], int]
     ) -> RowLayout:
-        halves = 2 if rows.quantizer == "affine" else 1
         sizes = rows.part_sizes(head_dim)
-        scales = [take(halves * _SCALE_BYTES) for _ in sizes]
+        scales = [take(_HALVES[rows.quantizer] * _SCALE_BYTES) for _ in sizes]
         parts, first = [], 0
         for size, bits, code_offset, scale_offset in zip(sizes, rows.bits, codes, scales, strict=True):
             parts.append(Part(first, size, bits, code_offset, scale_offset))
@@ -294,7 +289,7 @@ def page_fields(pages: torch.Tensor, layout: PageLayout) -> PageFields:
         return pages[..., offset : offset + count * _SCALE_BYTES].view(torch.float16)
 
     def fields(rows: RowLayout) -> RowFields:
-        scales = [halves(part.scales, tokens * rows.halves_per_scale) for part in rows.parts]
+        scales = [halves(part.scales, tokens * _HALVES[rows.quantizer]) for part in rows.parts]
         if rows.quantizer == "affine":
             scales = [scale.unflatten(-1, (tokens, 2)) for scale in scales]
         return RowFields(
@@ -323,33 +318,30 @@ def read_pages(pages: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, t
     fields = page_fields(pages, layout)
     keys = _read_rows(fields.keys, layout.keys)
     if fields.keys.signs is not None and fields.keys.sign_norms is not None:
-        keys += _residual(fields.keys.signs, fields.keys.sign_norms, layout.head_dim)
+        keys += qjl.dequantize(fields.keys.signs, fields.keys.sign_norms, _sketch(layout.head_dim, pages.device))
     if fields.k_mean is not None:
         keys += fields.k_mean.float().unsqueeze(-2)
     return keys, _read_rows(fields.values, layout.values)
 
 
 def _read_rows(fields: RowFields, rows: RowLayout) -> torch.Tensor:
-    found = []
-    for part, packed, scale in zip(rows.parts, fields.codes, fields.scales, strict=True):
-        codes = packing.unpack_bits(packed, part.bits)
-        if rows.quantizer == "affine":
-            found.append(affine.dequantize(codes, scale[..., 0], scale[..., 1]))
-        else:
-            found.append(lloyd_max.dequantize(codes, scale, part.bits))
-    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+    found = [
+        _dequantize(rows.quantizer, packing.unpack_bits(packed, part.bits), stored, part.bits)
+        for part, packed, stored in zip(rows.parts, fields.codes, fields.scales, strict=True)
+    ]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)  # one part is spared the copy
+
+
+def _dequantize(quantizer: Quantizer, codes: torch.Tensor, stored: torch.Tensor, bits: int) -> torch.Tensor:
+    """[..., channels] float32 of a part's codes and of what `RowFields.scales` has for them."""
+    if quantizer == "affine":
+        return affine.dequantize(codes, stored[..., 0], stored[..., 1])
+    return lloyd_max.dequantize(codes, stored, bits)
 
 
 def _sketch(head_dim: int, device: torch.device) -> torch.Tensor:
     """S [D, D] float32. Orthogonal rows: as unbiased, and 2.75 times less variance (quantizers/qjl.py)."""
     return qjl.sketch_matrix(head_dim, _SKETCH_SEED, orthogonal=True).to(device)
-
-
-def _residual(signs: torch.Tensor, norms: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """[..., D] float32: the vector whose inner product with a query is `qjl.correction`."""
-    directions = packing.unpack_bits(signs, 1).float() * 2 - 1
-    scale = norms.float() * (math.sqrt(math.pi / 2) / head_dim)
-    return directions @ _sketch(head_dim, signs.device) * scale.unsqueeze(-1)
 
 
 def write_tokens(
@@ -388,12 +380,8 @@ def write_tokens(
             # Advanced indices split by a slice put the token dimension first: [T, H, ...].
             code_field[page, :, offset] = packing.pack_bits(codes, part.bits)
             scale_field[page, :, offset] = stored
-            if field.signs is None:
-                continue
-            if rows.quantizer == "affine":
-                read_back.append(affine.dequantize(codes, scale, zero))
-            else:
-                read_back.append(lloyd_max.dequantize(codes, stored, part.bits))
+            if field.signs is not None:
+                read_back.append(_dequantize(rows.quantizer, codes, stored, part.bits))
         if field.signs is not None and field.sign_norms is not None:
             residual = x.float() - torch.cat(read_back, dim=-1)
             signs, norms = qjl.sketch(residual, _sketch(layout.head_dim, x.device))

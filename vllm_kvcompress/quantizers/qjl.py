@@ -67,6 +67,19 @@ def sketch(residual: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, 
     return packing.pack_bits((unit @ matrix.mT >= 0).to(torch.uint8), 1), saturated_half(norm)
 
 
+def dequantize(bits: torch.Tensor, norm: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """The vectors that stand for the residuals: q times one of them is `correction` of q.
+
+    Args:
+        bits: [..., m/8] uint8 and norm [...] float16 as of `sketch`; matrix: S [m, D] float32.
+
+    Returns:
+        [..., D] float32: sqrt(pi / 2) / m * |r| * S^T sign(S r).
+    """
+    signs = packing.unpack_bits(bits, 1).float() * 2 - 1
+    return signs @ matrix * (norm.float() * (math.sqrt(math.pi / 2) / matrix.shape[0])).unsqueeze(-1)
+
+
 def correction(queries: torch.Tensor, matrix: torch.Tensor, bits: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """Unbiased estimates of q . r from sketches.
 
