@@ -520,7 +520,7 @@ def main() -> None:
         model: Path | str = args.model or scratch / "model"
         if not args.model:
             write_model(scratch / "model", (TOY if args.dry_run else LLAMA_8B) | {"num_hidden_layers": args.layers})
-        from vllm_kvcompress.demo.capacity import head_bytes_per_token, read_geometry
+        from vllm_kvcompress.capacity.geometry import head_bytes_per_token, read_geometry
 
         geometry = read_geometry(Path(model))
         shape = "toy" if args.dry_run else f"Llama-3.1-8B shape, {args.layers} of 32 layers"
