@@ -236,7 +236,7 @@ def lloyd(
         for part, b in zip(x.split(rows.part_sizes(dim), dim=-1), bits, strict=True):
             codes, stored = lloyd_max.quantize(part, b, norm_correction=norm == "kept")
             if norm == "unbiased":
-                unit = lloyd_max.codebook(part.shape[-1], b).to(x.device)[codes.int()]
+                unit = lloyd_max.levels(part.shape[-1], b).to(x.device)[codes.int()]
                 stored = (part.square().sum(-1) / (part * unit).sum(-1).clamp(min=1e-12)).half()
             found.append(lloyd_max.dequantize(codes, stored, b))
         result = torch.cat(found, dim=-1)

@@ -138,8 +138,8 @@ def test_other_quantisers_read_back_what_was_quantised(name, head_dim):
         if rows.quantizer == "affine":
             return affine.dequantize(*affine.quantize(x))
         parts = x.split(rows.part_sizes(head_dim), dim=-1)
-        found = [lloyd_max.quantize(part, bits) for part, bits in zip(parts, rows.bits, strict=True)]
-        return torch.cat([lloyd_max.dequantize(*f, bits) for f, bits in zip(found, rows.bits, strict=True)], dim=-1)
+        coded = [lloyd_max.quantize(part, bits, not rows.signs) for part, bits in zip(parts, rows.bits, strict=True)]
+        return torch.cat([lloyd_max.dequantize(*c, bits) for c, bits in zip(coded, rows.bits, strict=True)], dim=-1)
 
     found_k, found_v = read_pages(pages, layout)
     assert torch.equal(found_v[page, :, offset], quantised(values, page_format.values))

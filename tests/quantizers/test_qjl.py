@@ -80,14 +80,14 @@ def test_distortion_of_the_inner_product_variant(bits, orthogonal):
     x, y = unit_rows(matrices, pairs, dim), unit_rows(matrices, pairs, dim)
     read = torch.zeros_like(x)
     if bits > 1:
-        read = lloyd_max.dequantize(*lloyd_max.quantize(x, bits - 1), bits - 1)
+        read = lloyd_max.dequantize(*lloyd_max.quantize(x, bits - 1, norm_correction=False), bits - 1)
     estimates = torch.stack(
         [paired(y[i], x[i] - read[i], matrix) for i, matrix in enumerate(many_matrices(dim, orthogonal, matrices))]
     )
     error = (y * read).sum(-1).double() + estimates.double() - (y * x).double().sum(-1)
     # Pairs under one matrix are not independent; its mean is one sample.
     measured, slack = mean_and_error(error.square().mean(-1) * dim)
-    left = lloyd_max.distortion(lloyd_max.codebook(dim, bits - 1), dim) if bits > 1 else 1.0
+    left = lloyd_max.distortion(lloyd_max.levels(dim, bits - 1), dim) if bits > 1 else 1.0
     # The squared cosine of independent vectors is 1/d on average.
     expected = left * (math.pi / 2 - 1 - 0.5 / dim if orthogonal else math.pi / 2 - 1 / dim)
     assert abs(measured - expected) <= slack + (2 / dim * expected if orthogonal else 0)
@@ -106,9 +106,9 @@ def test_removes_the_bias_of_the_codes(bits, orthogonal):
     """<x, x_hat> of unit vectors: short by the squared error D for codes alone, 1 on average with the sketch."""
     dim, matrices, pairs = 64, 100, 50
     x = unit_rows(matrices, pairs, dim)
-    read = lloyd_max.dequantize(*lloyd_max.quantize(x, bits), bits)
+    read = lloyd_max.dequantize(*lloyd_max.quantize(x, bits, norm_correction=False), bits)
     codes_alone = (x * read).sum(-1)
-    left = lloyd_max.distortion(lloyd_max.codebook(dim, bits), dim)
+    left = lloyd_max.distortion(lloyd_max.levels(dim, bits), dim)
     mean, slack = mean_and_error(codes_alone)
     # The fp16 norm of a unit vector is exact or off by 2^-11 at most.
     assert abs(mean - (1 - left)) <= slack + 2.0**-11

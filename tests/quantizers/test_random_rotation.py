@@ -33,9 +33,9 @@ def error_ratios(row: torch.Tensor, bits: int, rounds: int, count: int) -> torch
     first = torch.seed() % 2**31
     # Past the cache, which would keep every matrix.
     rotated = torch.stack([row @ random_rotation.__wrapped__(dim, first + i, rounds) for i in range(count)])
-    read = lloyd_max.dequantize(*lloyd_max.quantize(rotated, bits), bits)
+    read = lloyd_max.dequantize(*lloyd_max.quantize(rotated, bits, norm_correction=False), bits)
     error = (read - rotated).double().square().sum(-1) / rotated.double().square().sum(-1)
-    return error / lloyd_max.distortion(lloyd_max.codebook(dim, bits), dim)
+    return error / lloyd_max.distortion(lloyd_max.levels(dim, bits), dim)
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -376,7 +376,8 @@ def write_tokens(
                 codes, scale, zero = affine.quantize(channels, clip)
                 stored = torch.stack((scale, zero), dim=-1)
             else:
-                codes, stored = lloyd_max.quantize(channels, part.bits)
+                # Signs correct the codes' bias themselves, and want the least residual.
+                codes, stored = lloyd_max.quantize(channels, part.bits, norm_correction=field.signs is None)
             # Advanced indices split by a slice put the token dimension first: [T, H, ...].
             code_field[page, :, offset] = packing.pack_bits(codes, part.bits)
             scale_field[page, :, offset] = stored
