@@ -380,10 +380,16 @@ def random_cache(num_pages: int, page_format: str, device: str) -> tuple[Any, to
     size = (num_pages, NUM_KV_HEADS, layout.head_bytes)
     pages = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
     fields = page_fields(pages, layout)
-    for scales in (fields.k_scales, fields.v_scales):
-        scale = 0.2 + 0.3 * torch.rand(scales.shape[:-1], device=device)
-        scales[..., 0] = scale.half()
-        scales[..., 1] = (0.1 * torch.randn_like(scale) - 1.5 * scale).half()
+    for rows, row in ((fields.keys, layout.keys), (fields.values, layout.values)):
+        for part, scales in zip(row.parts, rows.scales, strict=True):
+            if row.quantizer == "affine":
+                scale = 0.2 + 0.3 * torch.rand(scales.shape[:-1], device=device)
+                scales[..., 0] = scale.half()
+                scales[..., 1] = (0.1 * torch.randn_like(scale) - 1.5 * scale).half()
+            else:
+                scales.copy_((0.5 + torch.rand(scales.shape, device=device)) * part.channels**0.5)
+        if rows.sign_norms is not None:
+            rows.sign_norms.copy_((0.2 + 0.2 * torch.rand(rows.sign_norms.shape, device=device)) * HEAD_DIM**0.5)
     if fields.k_mean is not None:
         fields.k_mean.copy_(0.1 * torch.randn(fields.k_mean.shape, device=device))
     return layout, pages

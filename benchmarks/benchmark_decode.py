@@ -107,11 +107,15 @@ class Ours(Peer):
         page_format: str,
         windows: bool = False,
         rotations: bool = False,
-        kernel: Literal["cuda", "triton"] = "cuda",
+        kernel: Literal["cuda", "triton"] | None = None,
     ) -> None:
+        """kernel: None: the CUDA op where it reads the pages, else Triton."""
         super().__init__(shapes, device)
-        self.windows, self.rotations, self.kernel = windows, rotations, kernel
+        from vllm_kvcompress.kernels.cuda_ops import code_arguments
+
+        self.windows, self.rotations = windows, rotations
         self.layout, self.pages = common.random_cache(self.pool_pages(PAGE_TOKENS), page_format, device)
+        self.kernel = kernel or ("triton" if code_arguments(self.layout) is None else "cuda")
         self.window_cache = None
         if windows:
             blocks = max(shape.batch * len(kept_blocks(shape.context - 1)) for shape in shapes)
@@ -129,12 +133,13 @@ class Ours(Peer):
     def own_bytes(self, shape: Shape) -> int:
         history = shape.context - 1
         in_windows = min(history, SINKS + RECENT) if self.windows else 0
-        per_token = 2 * self.layout.code_bytes + 8
+        per_token = (self.layout.k_mean or self.layout.head_bytes) // PAGE_TOKENS
         means = 0 if self.layout.k_mean is None else shape.pages(PAGE_TOKENS) * 2 * HEAD_DIM
         per_head = (history - in_windows) * per_token + means + (in_windows + 1) * 4 * HEAD_DIM
         return shape.batch * NUM_KV_HEADS * per_head
 
     def prepare(self, shape: Shape) -> Settings:
+        from vllm_kvcompress.formats.base import sketch_matrix
         from vllm_kvcompress.kernels import cuda_ops
         from vllm_kvcompress.kernels.decode import Cache, Rows, decode, decode_workspace_elements
         from vllm_kvcompress.triton_kernels.rotate import rotate
@@ -154,6 +159,7 @@ class Ours(Peer):
         elements = decode_workspace_elements(self.kernel, device, NUM_KV_HEADS, GROUP, HEAD_DIM, shape.batch, 1)
         workspace = torch.empty(elements, dtype=torch.float32, device=device)
         unrotated = self.query(shape, torch.bfloat16)
+        sketch = sketch_matrix(HEAD_DIM).half().to(device) if self.layout.keys.signs is not None else None
         rotation, unrotation = (common.random_orthogonal(NUM_KV_HEADS, HEAD_DIM, self.device) for _ in range(2))
 
         def attend() -> torch.Tensor:
@@ -168,6 +174,7 @@ class Ours(Peer):
                 unrotation if self.rotations else None,
                 SCALE,
                 out,
+                sketch=sketch,
                 cache_out=None,
                 workspace=workspace,
             )
@@ -377,6 +384,24 @@ class Int4PerTokenHead(Peer):
 
 # --- report -----------------------------------------------------------------------------------------------------------
 
+OTHER_TARGETS = {"turboquant-4": 2.5, "turboquant-3.5": 2.5}
+"""Least speedup over FA3 bf16 at OTHER_SHAPE; 1 for the others of OTHERS."""
+OTHER_SHAPE = "32, 32K"
+OTHERS = (
+    "turboquant-4",
+    "turboquant-3.5",
+    "turboquant-2.5",
+    "turboquant-3.5-qjl",
+    "turboquant-2.5-qjl",
+    "oscar-int2-qjl",
+)
+"""Formats with other quantisers; without windows."""
+
+
+def _ours(name: str, shapes: list[Shape], device: str) -> Peer:
+    return Ours(shapes, device, name)
+
+
 OURS, WINDOWED, STATIC = "oscar-int2", "oscar-int2 + windows", "oscar-int2-static"
 ROTATED, TRITON = "oscar-int2 + rotations", "oscar-int2 + windows + Triton"
 PEERS: dict[str, Callable[[list[Shape], str], Peer]] = {
@@ -387,6 +412,7 @@ PEERS: dict[str, Callable[[list[Shape], str], Peer]] = {
     STATIC: lambda shapes, device: Ours(shapes, device, STATIC),
     ROTATED: lambda shapes, device: Ours(shapes, device, OURS, rotations=True),
     TRITON: lambda shapes, device: Ours(shapes, device, OURS, windows=True, kernel="triton"),
+    **{name: partial(_ours, name) for name in OTHERS},
     # The likeliest to take the device down with them come last.
     "int4_per_token_head": Int4PerTokenHead,
     "turboquant_4bit_nc": lambda shapes, device: TurboQuant(shapes, device, "turboquant_4bit_nc"),
@@ -448,6 +474,14 @@ def summary(bench: Bench, shapes: list[Shape]) -> str:
             ["batch, context", OURS, "target", "", WINDOWED, "loss", f"<= {MOST_WINDOW_LOSS:.0%}", STATIC], goals
         ),
     ]
+    others = [
+        [name, common.cell(row), number(ratio, 2, "x"), verdict(ratio, OTHER_TARGETS.get(name, 1.0))]
+        for name in OTHERS
+        if (row := bench.find(name, OTHER_SHAPE)) is not None
+        and (ratio := bench.ratio(BASELINE, name, OTHER_SHAPE)) is not None
+    ]
+    if others:
+        parts += [f"Other formats at {OTHER_SHAPE}", common.table(["format", "us", "FA3 bf16", "target"], others)]
     if rotated := next((row for row in bench.rows if row.peer == ROTATED), None):
         plain = bench.us(OURS, rotated.shape)
         share = None if plain is None or rotated.us is None else 1 - plain / rotated.us

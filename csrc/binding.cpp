@@ -113,17 +113,27 @@ int32_t narrow(const char* name, int64_t value, int64_t least) {
   return static_cast<int32_t>(value);
 }
 
-int64_t head_bytes(int64_t head_dim, bool page_means) {
-  // vllm_kvcompress/formats/base.py: codes, scale and zero of each token, mean; rounded up to whole bytes a token.
-  const int64_t used = 2 * kPageTokens * (head_dim / 4 + 4) + (page_means ? 2 * head_dim : 0);
+int64_t head_bytes(int64_t head_dim, bool page_means, int code) {
+  // vllm_kvcompress/formats/base.py: codes, scale and zero or norms of each token, mean; rounded up to whole bytes a
+  // token.
+  const int64_t row = code == kAffine2     ? head_dim / 4 + 4
+                      : code == kLloydMax4 ? head_dim / 2 + 2
+                                                 : head_dim / 4 + head_dim / 2 * 3 / 8 + 4;
+  const int64_t used = 2 * kPageTokens * row + (page_means ? 2 * head_dim : 0);
   return (used + kPageTokens - 1) / kPageTokens * kPageTokens;
 }
 
 void decode(const Tensor& q, const Tensor& new_kv, const Tensor& pages, const std::optional<Tensor>& window_cache,
             const Tensor& block_table, const std::optional<Tensor>& window_table, const Tensor& query_start_loc,
             const Tensor& seq_lens, const std::optional<Tensor>& v_unrotation, const Tensor& out,
-            const Tensor& workspace, int64_t max_query_len, int64_t head_dim, bool page_means, bool window_is_bf16,
+            const Tensor& workspace, int64_t max_query_len, int64_t head_dim, int64_t code, double level_scale,
+            double level_bend, double more_level_scale, double more_level_bend, bool page_means, bool window_is_bf16,
             int64_t sink_tokens, int64_t recent_tokens, double scale) {
+  DecodeParams params{};
+  if (code != kAffine2 && code != kLloydMax4 && code != kLloydMax43)
+    fail("code must be ", kAffine2, " (affine), ", kLloydMax4, " or ", kLloydMax43, " (Lloyd-Max), got ", code);
+  params.code = static_cast<int32_t>(code);
+  if (params.code != kAffine2 && !page_means) fail("pages of Lloyd-Max codes must have means");
   if (head_dim != 64 && head_dim != 128 && head_dim != 256)
     fail("head_dim must be 64, 128 or 256, got ", head_dim);
   if (q.dim() != 3 || pages.dim() != 3)
@@ -142,7 +152,7 @@ void decode(const Tensor& q, const Tensor& new_kv, const Tensor& pages, const st
   expect("out", out, out_dtype, {tokens, heads, head_dim}, 1, true);
   expect("new_kv", new_kv, window_dtype, {kAny, kv_heads, 2 * head_dim}, 2, true);
   if (new_kv.size(0) < tokens) fail("new_kv must have a row for each of q's ", tokens, ", got ", describe(new_kv));
-  expect("pages", pages, ScalarType::Byte, {kAny, kv_heads, head_bytes(head_dim, page_means)}, 2, true);
+  expect("pages", pages, ScalarType::Byte, {kAny, kv_heads, head_bytes(head_dim, page_means, params.code)}, 2, true);
   expect("seq_lens", seq_lens, ScalarType::Int, {requests}, 1, false);
   expect("query_start_loc", query_start_loc, ScalarType::Int, {requests + 1}, 1, false);
   expect("block_table", block_table, ScalarType::Int, {kAny, kAny}, 1, false);
@@ -158,7 +168,6 @@ void decode(const Tensor& q, const Tensor& new_kv, const Tensor& pages, const st
   if (v_unrotation) expect("v_unrotation", *v_unrotation, ScalarType::Half, {kv_heads, head_dim, head_dim}, 3, true);
   expect("workspace", workspace, ScalarType::Float, {kAny}, 1, true);
 
-  DecodeParams params{};
   params.q_token_stride = q.stride(0);
   params.q_head_stride = q.stride(1);
   params.new_kv_row_stride = new_kv.stride(0);
@@ -178,6 +187,10 @@ void decode(const Tensor& q, const Tensor& new_kv, const Tensor& pages, const st
   params.sink_tokens = narrow("sink_tokens", sink_tokens, 0);
   params.recent_tokens = narrow("recent_tokens", recent_tokens, 0);
   params.page_means = page_means;
+  params.level_scale[0] = static_cast<float>(level_scale);
+  params.level_scale[1] = static_cast<float>(more_level_scale);
+  params.level_bend[0] = static_cast<float>(level_bend);
+  params.level_bend[1] = static_cast<float>(more_level_bend);
   params.out_dtype = out_dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16;
   params.window_dtype = window_is_bf16 ? DType::kBFloat16 : DType::kFloat16;
   params.scale = static_cast<float>(scale);
@@ -250,8 +263,9 @@ STABLE_TORCH_LIBRARY(vllm_kvcompress, m) {
   m.def(
       "decode(Tensor q, Tensor new_kv, Tensor pages, Tensor? window_cache, Tensor block_table, Tensor? window_table, "
       "Tensor query_start_loc, Tensor seq_lens, Tensor? v_unrotation, Tensor(a!) out, Tensor(b!) workspace, "
-      "int max_query_len, int head_dim, bool page_means, bool window_is_bf16, int sink_tokens, int recent_tokens, "
-      "float scale) -> ()");
+      "int max_query_len, int head_dim, int code, float level_scale, float level_bend, float more_level_scale, "
+      "float more_level_bend, bool page_means, bool window_is_bf16, int sink_tokens, int recent_tokens, float scale) "
+      "-> ()");
   m.def(
       "decode_workspace_elements(int num_kv_heads, int group, int head_dim, int max_num_reqs, int max_query_len) "
       "-> int");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decode attention over 2-bit pages: the framework-free interface of the CUDA kernel. binding.cpp fills it from tensors.
+// Decode attention over 2- to 4-bit pages: the framework-free interface of the CUDA kernel. binding.cpp fills it from tensors.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,6 +12,11 @@ namespace vllm_kvcompress {
 inline constexpr int kPageTokens = 128;
 
 enum class DType : int32_t { kFloat16 = 0, kBFloat16 = 1 };
+
+// How keys and values are coded: the op's argument `code`.
+inline constexpr int kAffine2 = 2;      // 2 bits a channel, scale and zero-point a token
+inline constexpr int kLloydMax4 = 4;    // 4 bits a channel, norm a token
+inline constexpr int kLloydMax43 = 43;  // half of the channels 4 bits, the other half 3, a norm each; head sizes 128, 256
 
 // Strides count elements of the tensor's type, except those of `pages` and `window_cache`, which are uint8 (bytes).
 // The last dimension of every tensor is contiguous. All pointers are device pointers.
@@ -50,7 +55,11 @@ struct DecodeParams {
   int32_t max_query_len;  // no request has more new tokens
   int32_t sink_tokens;
   int32_t recent_tokens;
-  bool page_means;  // pages carry a mean key after the scales
+  bool page_means;  // pages carry a mean key after the scales; those of Lloyd-Max codes must
+  int32_t code;
+  // Lloyd-Max: levels are scale * t * (1 + bend * t^2) in the centred code t (quantizers/lloyd_max.py), for each half.
+  float level_scale[2];
+  float level_bend[2];
   DType out_dtype;
   DType window_dtype;
   float scale;  // of q . k

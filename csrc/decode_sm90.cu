@@ -16,10 +16,23 @@ const char* launch_decode(const DecodeParams& p, cudaStream_t stream) {
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
+    const bool halves = p.code == kLloydMax43, whole = p.code == kLloydMax4;
     switch (p.head_dim) {
-      case 64: error = sm90::launch_head_dim<64>(p, num_sms, stream); break;
-      case 128: error = sm90::launch_head_dim<128>(p, num_sms, stream); break;
-      case 256: error = sm90::launch_head_dim<256>(p, num_sms, stream); break;
+      case 64:
+        if (halves) return "halves of 4 and 3 bits need a head_dim of 128 or 256";
+        error = whole ? sm90::launch<64, kLloydMax4>(p, num_sms, stream)
+                      : sm90::launch<64, kAffine2>(p, num_sms, stream);
+        break;
+      case 128:
+        error = halves  ? sm90::launch<128, kLloydMax43>(p, num_sms, stream)
+                : whole ? sm90::launch<128, kLloydMax4>(p, num_sms, stream)
+                        : sm90::launch<128, kAffine2>(p, num_sms, stream);
+        break;
+      case 256:
+        error = halves  ? sm90::launch<256, kLloydMax43>(p, num_sms, stream)
+                : whole ? sm90::launch<256, kLloydMax4>(p, num_sms, stream)
+                        : sm90::launch<256, kAffine2>(p, num_sms, stream);
+        break;
       default: return "head_dim must be 64, 128 or 256";
     }
   }

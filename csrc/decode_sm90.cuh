@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decode attention over 2-bit pages on Hopper (sm_90a). docs: "How the decode kernel works" in csrc/README.md.
+// Decode attention over 2- to 4-bit pages on Hopper (sm_90a). docs: "How the decode kernel works" in csrc/README.md.
 //
-// One launch of `decode_kernel` reads everything a step's queries attend to: 2-bit pages, 16-bit window blocks and the
+// One launch of `decode_kernel` reads everything a step's queries attend to: pages, 16-bit window blocks and the
 // step's own tokens. A grid of persistent CTAs shares the work evenly in units of one page or one block; a second
 // kernel, `combine_kernel`, merges the partial results of a (request, row tile, KV head) and rotates them back.
 #pragma once
@@ -109,9 +109,22 @@ __device__ __forceinline__ uint32_t pair_halves(uint32_t x, uint32_t y) {
 }
 __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
+template <int kBytes>
+__device__ __forceinline__ uint32_t load_bits(const uint8_t* from) {
+  if constexpr (kBytes == 1) return *from;
+  if constexpr (kBytes == 2) return *reinterpret_cast<const uint16_t*>(from);
+  static_assert(kBytes <= 2 || kBytes == 4);
+  return *reinterpret_cast<const uint32_t*>(from);
+}
 template <int N>
 __device__ __forceinline__ void load_words(uint32_t (&x)[N], const uint8_t* from) {
-  if constexpr (N == 1) {
+  if constexpr (N > 4) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const uint4 v = *reinterpret_cast<const uint4*>(from + 4 * i);
+      x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+    }
+  } else if constexpr (N == 1) {
     x[0] = *reinterpret_cast<const uint32_t*>(from);
   } else if constexpr (N == 2) {
     const uint2 v = *reinterpret_cast<const uint2*>(from);
@@ -134,32 +147,129 @@ __device__ __forceinline__ uint32_t codes_at(uint32_t word, uint32_t word_shifte
   return (p < 5 ? word : word_shifted10) & (0x00030003u << (2 * shift_of(p)));
 }
 
+// ---- codes of Lloyd-Max levels ---------------------------------------------------------------------------------
+
+// The levels are a t (1 + b t^2) in the centred code t (quantizers/lloyd_max.py, `cubic`); a goes into the norms. Here a
+// pair of codes becomes a pair of 2t (1 + b t^2): the codes, moved to an odd bit position, or-ed into the mantissa of
+// 1024 are fp16 numbers from which one exact operation makes the odd integers 2t; three more make the cubic. bend: b / 4.
+__device__ __forceinline__ uint32_t cubic(uint32_t mantissa, int bit, int bits, __half2 bend) {
+  const uint32_t biased = mantissa | 0x64006400u;  // 1024 + code * 2^bit
+  const __half2 x = *reinterpret_cast<const __half2*>(&biased);
+  const float step = 2.f / static_cast<float>(1 << bit);
+  const float offset = -(1024.f * step + static_cast<float>((1 << bits) - 1));
+  const __half2 t = bit == 1 ? __hadd2(x, __float2half2_rn(offset))
+                             : __hfma2(x, __float2half2_rn(step), __float2half2_rn(offset));
+  const __half2 level = __hmul2(t, __hfma2(__hmul2(t, t), bend, __float2half2_rn(1.f)));
+  return *reinterpret_cast<const uint32_t*>(&level);
+}
+// Each half of `word` holds four codes of 4 bits; the pair at position p.
+__device__ __forceinline__ uint32_t levels4(uint32_t word, int p, __half2 bend) {
+  const int bit = p & 1 ? 5 : 1;
+  return cubic((p < 2 ? word << 1 : word >> 7) & (0x000f000fu << bit), bit, 4, bend);
+}
+// Each half of `low` holds the low bits of eight codes of 3 bits, each half of `high` their high bits in its low byte.
+__device__ __forceinline__ uint32_t levels3(uint32_t low, uint32_t high, int p, __half2 bend) {
+  const int bit = 2 * (p & 3) + 1;
+  const int up = bit + 2 - p;
+  const uint32_t two = (p < 4 ? low << 1 : low >> 7) & (0x00030003u << bit);
+  return cubic(two | ((up < 0 ? high >> -up : high << (up < 0 ? 0 : up)) & (0x00040004u << bit)), bit, 3, bend);
+}
+
 // ---- shapes ----------------------------------------------------------------------------------------------------
 
-template <int D>
-struct Shape {
-  static constexpr int kKeyWords = D / 64;        // words of codes of one token that a lane multiplies with
-  static constexpr int kCodeBytes = D / 4;        // bytes of codes of one token of one tensor
+// What the formats have in common: how the channels of a head lie in a warp's fragments. Pages of two parts keep the
+// parts apart, so that all lanes meet the same kind of code: then `kParts` is 2 and all is as for two smaller heads.
+template <int D, int kParts>
+struct Fragments {
+  static constexpr int kKeyWords = D / 64;        // groups of 16 channels of one token that a lane multiplies with
   static constexpr int kTiles = D / 16;           // 16-channel tiles of the output
-  static constexpr int kValueCodes = kPageTokens * kCodeBytes;
-  static constexpr int kKeyScales = 2 * kValueCodes;
-  static constexpr int kValueScales = kKeyScales + kPageTokens * 4;
-  static constexpr int kKeyMean = kValueScales + kPageTokens * 4;
-  static constexpr int kStageBytes = kKeyMean + 2 * D;  // a page with its mean; a block of 16 tokens is smaller
+  static constexpr int kSets = kParts == 2 || D == 256 ? 2 : 1;
+  static constexpr int kPositions = kTiles / kSets;  // tiles of a set: consecutive channels of an accumulator row
+  static constexpr int kHighStep = kParts == 2 ? kPositions : 8;  // channels from row g of a tile to row g + 8
   static constexpr int kBlockBytes = kBlockTokens * 4 * D;
   static constexpr int kRowBytes = 4 * D;         // one 16-bit token: K | V
-  static_assert(kBlockBytes <= kStageBytes && kStageBytes % 128 == 0);
 
-  // Position of tile t's codes in their word (its weight 4^shift_of is taken out of the output).
-  __host__ __device__ static constexpr int position(int tile) { return tile % 8; }
+  // First channel of group w of lane j of a quad: its pairs are channels (q, q + 8) from there.
+  __host__ __device__ static constexpr int query_channel(int w, int j) {
+    if constexpr (kParts == 1) {
+      return 16 * (kKeyWords * j + w);
+    } else {
+      constexpr int kHalf = kKeyWords / 2;
+      return w / kHalf * (D / 2) + 16 * (kHalf * j + w % kHalf);
+    }
+  }
+  // Channel of row g of the first tile of a set; tile q of the set has the q-th after it.
+  __host__ __device__ static constexpr int value_channel(int set, int g) {
+    if constexpr (kParts == 2) return set * (D / 2) + g * (D / 16);
+    return D == 64 ? 16 * (g & 3) + 4 * (g >> 2) : D == 128 ? 16 * g : 16 * (2 * g + set);
+  }
   // Where channel d of an output row lies among the accumulators, as tile * 16 + row of the tile.
   __host__ __device__ static constexpr int accumulator_of(int d) {
+    if constexpr (kParts == 2) {
+      const int set = d / (D / 2), r = d % (D / 2);
+      return (set * kPositions + r % kPositions) * 16 + r / kPositions % 2 * 8 + r / (2 * kPositions);
+    }
     const int high = d >> 3 & 1;
     if constexpr (D == 64) return (d & 3) * 16 + high * 8 + (d >> 4) + (d >> 2 & 1) * 4;
     if constexpr (D == 128) return (d & 7) * 16 + high * 8 + (d >> 4);
     return ((d >> 4 & 1) * 8 + (d & 7)) * 16 + high * 8 + (d >> 5);
   }
 };
+
+// Where things lie in a head's share of a page (formats/base.py), and in which units they are multiplied.
+template <int D, int kCode>
+struct Shape;
+
+template <int D>
+struct Shape<D, kAffine2> : Fragments<D, 1> {
+  static constexpr int kCodeBytes = D / 4;        // bytes of codes of one token of one tensor
+  static constexpr int kValueCodes = kPageTokens * kCodeBytes;
+  static constexpr int kKeyScales = 2 * kValueCodes;
+  static constexpr int kValueScales = kKeyScales + kPageTokens * 4;
+  static constexpr int kKeyMean = kValueScales + kPageTokens * 4;
+
+  // Masking multiplies the codes at position q by this; queries are divided by it.
+  __host__ __device__ static constexpr float key_unit(int q) { return power4(shift_of(q)); }
+  // Keeps exact keys times `key_unit` inside fp16.
+  static constexpr float kHeadroom = 256.f;
+  // Sums over the codes of tile t's channels are in this unit of the values'.
+  __host__ __device__ static constexpr float value_unit(int tile) {
+    return power4(shift_of(tile % 8)) / kCodeUnit;
+  }
+};
+
+template <int D, int kParts>
+struct LloydMaxShape : Fragments<D, kParts> {
+  static constexpr float kHeadroom = 1.f;
+  __host__ __device__ static constexpr float key_unit(int) { return 1.f; }
+  __host__ __device__ static constexpr float value_unit(int) { return 1.f; }
+};
+
+template <int D>
+struct Shape<D, kLloydMax4> : LloydMaxShape<D, 1> {
+  static constexpr int kCodeBytes = D / 2;
+  static constexpr int kValueCodes = kPageTokens * kCodeBytes;
+  static constexpr int kKeyScales = 2 * kValueCodes;
+  static constexpr int kValueScales = kKeyScales + kPageTokens * 2;
+  static constexpr int kKeyMean = kValueScales + kPageTokens * 2;
+};
+
+// Half of the channels with 4 bits, the other half with 3: of the latter all low bits, then all high bits.
+template <int D>
+struct Shape<D, kLloydMax43> : LloydMaxShape<D, 2> {
+  static constexpr int kCodeBytes = D / 4;        // of the first half
+  static constexpr int kLowBytes = D / 8, kMoreBytes = D / 8 + D / 16;  // of the second half
+  static constexpr int kMoreKeyCodes = kPageTokens * kCodeBytes;
+  static constexpr int kValueCodes = kMoreKeyCodes + kPageTokens * kMoreBytes;
+  static constexpr int kMoreValueCodes = kValueCodes + kPageTokens * kCodeBytes;
+  static constexpr int kKeyScales = 2 * kValueCodes;
+  static constexpr int kValueScales = kKeyScales + kPageTokens * 4;
+  static constexpr int kKeyMean = kValueScales + kPageTokens * 4;
+};
+
+// A page with its mean; a block of 16 tokens is smaller.
+template <int D, int kCode>
+constexpr int kPageBytes = Shape<D, kCode>::kKeyMean + 2 * D;
 
 // ---- the work list ---------------------------------------------------------------------------------------------
 
@@ -288,10 +398,14 @@ struct Unit {
 // ---- decode ----------------------------------------------------------------------------------------------------
 
 // kColumns / 8 query tiles of 8 rows. kPacked: at most 4 rows, laid twice side by side so that one score fragment
-// serves 32 tokens. kMeans: pages have a mean key.
-template <int D, int NT, bool kPacked, bool kMeans, int kStages, int kCtasPerSm>
+// serves 32 tokens. kMeans: pages have a mean key. kParts of `kCode`: an
+// argument of its own because cudafe++ 13.0 crashes where a constant of the function sizes a lambda's parameter.
+template <int D, int kCode, int kParts, int NT, bool kPacked, bool kMeans, int kStages, int kCtasPerSm>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const DecodeParams p, int num_sms, int row_tiles) {
-  using S = Shape<D>;
+  using S = Shape<D, kCode>;
+  constexpr bool kAffine = kCode == kAffine2;
+  constexpr int kStageBytes = kPageBytes<D, kCode>;
+  static_assert(S::kBlockBytes <= kStageBytes && kStageBytes % 128 == 0);
   constexpr int W = S::kKeyWords;
   constexpr int kTiles = S::kTiles;
   constexpr int kRows = kPacked ? 4 : 8 * NT;
@@ -301,7 +415,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
 
   extern __shared__ __align__(128) uint8_t shared[];
   uint8_t* const stages = shared;
-  float* const out_buffer = reinterpret_cast<float*>(shared + kStages * S::kStageBytes);  // [warps][kRows][kOutStride]
+  float* const out_buffer = reinterpret_cast<float*>(shared + kStages * kStageBytes);  // [warps][kRows][kOutStride]
   float* const max_buffer = out_buffer + kWarps * kRows * kOutStride;                     // [warps][kColumns]
   float* const sum_buffer = max_buffer + kWarps * kColumns;
   float* const zero_buffer = sum_buffer + kWarps * kColumns;
@@ -416,7 +530,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
         const auto address = __shfl_sync(~0u, reinterpret_cast<uint64_t>(source), s);
         const auto* from = reinterpret_cast<const uint8_t*>(address);
         const int size = __shfl_sync(~0u, bytes, s);
-        const uint32_t bar = full + stage * 8, to = shared_address(stages + stage * S::kStageBytes);
+        const uint32_t bar = full + stage * 8, to = shared_address(stages + stage * kStageBytes);
         mbarrier_wait(empty + stage * 8, parity);
         if (lane == 0) {
           units[stage] = next;
@@ -468,6 +582,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
   const uint32_t first_half = g < 4 ? ~0u : 0u;
   const float scale = p.scale * kLog2e;
   const bool window_bf16 = p.window_dtype == DType::kBFloat16;
+  __half2 bend[kParts];
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) bend[part] = __float2half2_rn(p.level_bend[part] * 0.25f);
 
   int stage = 0, turn = 0;
   uint32_t parity = 0;
@@ -488,22 +605,26 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
       const bool real = row < rows;
       const int full_row = first_row + (real ? row : 0);
       const __half* source = static_cast<const __half*>(p.q) + (token0 + full_row / group) * p.q_token_stride +
-                             (head * group + full_row % group) * p.q_head_stride + 16 * W * j;
+                             (head * group + full_row % group) * p.q_head_stride;
       float sum = 0.f;
 #pragma unroll
       for (int w = 0; w < W; ++w) {
         uint4 low = make_uint4(0, 0, 0, 0), high = low;
         if (real) {
-          low = *reinterpret_cast<const uint4*>(source + 16 * w);
-          high = *reinterpret_cast<const uint4*>(source + 16 * w + 8);
+          low = *reinterpret_cast<const uint4*>(source + S::query_channel(w, j));
+          high = *reinterpret_cast<const uint4*>(source + S::query_channel(w, j) + 8);
         }
 #pragma unroll
         for (int q = 0; q < 8; ++q) {
           const uint32_t pair = q & 1 ? pair_halves<1>(word_of(low, q / 2), word_of(high, q / 2))
                                       : pair_halves<0>(word_of(low, q / 2), word_of(high, q / 2));
-          const float2 x = unpack_half2(pair);
-          sum += x.x + x.y;
-          query[t][w * 8 + q] = pack_half2(x.x / power4(shift_of(q)), x.y / power4(shift_of(q)));
+          if constexpr (kAffine) {
+            const float2 x = unpack_half2(pair);
+            sum += x.x + x.y;
+            query[t][w * 8 + q] = pack_half2(x.x / S::key_unit(q), x.y / S::key_unit(q));
+          } else {
+            query[t][w * 8 + q] = pair;
+          }
         }
       }
       sum += __shfl_xor_sync(~0u, sum, 1);
@@ -526,14 +647,14 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
         unseen[t][k] = true;
       }
     }
-    bool in_code_units = true;  // `out` holds sums of code * 4^shift * 2^-24, else of values
+    bool in_code_units = true;  // `out` holds sums of codes as they are multiplied, else of values
 
     auto rescale_out = [&](bool to_code_units) {
-      if (in_code_units == to_code_units) return;
+      if (!kAffine || in_code_units == to_code_units) return;
       in_code_units = to_code_units;
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        const float unit = power4(shift_of(S::position(i))) / kCodeUnit;
+        const float unit = S::value_unit(i);
         const float factor = to_code_units ? unit : 1.f / unit;
 #pragma unroll
         for (int t = 0; t < NT; ++t)
@@ -542,8 +663,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
       }
     };
 
-    // Weights of a 16 x 8 score fragment, as operands of the product with the values. scores: minus the maximum.
-    auto softmax = [&](float(&scores)[NT][4], float2 value0, float2 value1, uint32_t(&weights)[NT][2]) {
+    // Weights of a 16 x 8 score fragment in place of the scores, from which the maximum is subtracted.
+    auto softmax = [&](float(&scores)[NT][4]) {
       bool outgrown = false;
 #pragma unroll
       for (int t = 0; t < NT; ++t) {
@@ -582,20 +703,24 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
       }
 #pragma unroll
       for (int t = 0; t < NT; ++t) {
-        const float p0 = exp2_fast(scores[t][0]), p1 = exp2_fast(scores[t][1]);
-        const float p2 = exp2_fast(scores[t][2]), p3 = exp2_fast(scores[t][3]);
-        weight_sum[t][0] += p0 + p2;
-        weight_sum[t][1] += p1 + p3;
-        zero_sum[t][0] = fmaf(p2, value1.y, fmaf(p0, value0.y, zero_sum[t][0]));
-        zero_sum[t][1] = fmaf(p3, value1.y, fmaf(p1, value0.y, zero_sum[t][1]));
-        weights[t][0] = transpose8x8(pack_half2(p0 * value0.x, p1 * value0.x));
-        weights[t][1] = transpose8x8(pack_half2(p2 * value1.x, p3 * value1.x));
+#pragma unroll
+        for (int k = 0; k < 4; ++k) scores[t][k] = exp2_fast(scores[t][k]);
+        weight_sum[t][0] += scores[t][0] + scores[t][2];
+        weight_sum[t][1] += scores[t][1] + scores[t][3];
+      }
+    };
+    // Weights times the scales of the two rows' values, as operands of the product with the values.
+    auto scaled_weights = [&](const float(&p)[NT][4], float scale0, float scale1, uint32_t(&weights)[NT][2]) {
+#pragma unroll
+      for (int t = 0; t < NT; ++t) {
+        weights[t][0] = transpose8x8(pack_half2(p[t][0] * scale0, p[t][1] * scale0));
+        weights[t][1] = transpose8x8(pack_half2(p[t][2] * scale1, p[t][3] * scale1));
       }
     };
 
     for (; u < item_end; ++u) {
       mbarrier_wait(full + stage * 8, parity);
-      const uint8_t* const base = stages + stage * S::kStageBytes;
+      const uint8_t* const base = stages + stage * kStageBytes;
       const Unit unit = units[stage];
 
       if (unit.kind == kPage) {
@@ -605,136 +730,287 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
           float mean_score[NT][4] = {};
           auto add_mean = [&](int w, int q) {
             // Read anew for each q: the compiler keeps what it has registers for.
-            const uint8_t* const from = base + S::kKeyMean + 32 * (W * j + w) + 4 * (q / 2);
+            const uint8_t* const from = base + S::kKeyMean + 2 * S::query_channel(w, j) + 4 * (q / 2);
             const uint32_t low = *reinterpret_cast<const uint32_t*>(from);
             const uint32_t high = *reinterpret_cast<const uint32_t*>(from + 16);
-            // 4^shift takes back the queries' 4^-shift; 4^-4 keeps the product inside fp16.
-            const uint32_t x = multiply_half2(pair_halves<0>(low, high), power4(shift_of(q)) / 256.f);
-            const uint32_t y = multiply_half2(pair_halves<1>(low, high), power4(shift_of(q + 1)) / 256.f);
+            uint32_t x = pair_halves<0>(low, high), y = pair_halves<1>(low, high);
+            if constexpr (kAffine) {  // takes back the queries' unit
+              x = multiply_half2(x, S::key_unit(q) / S::kHeadroom);
+              y = multiply_half2(y, S::key_unit(q + 1) / S::kHeadroom);
+            }
 #pragma unroll
             for (int t = 0; t < NT; ++t) mma(mean_score[t], x, x, y, y, query[t][w * 8 + q], query[t][w * 8 + q + 1]);
           };
-          const uint8_t* const keys = base + (warp * kWarpTokens + row_token) * S::kCodeBytes + j * (4 * W);
-          // Raw scores of kCount tiles of 16 tokens, and of the mean: independent chains of products, taken in turns so
-          // that one's latency hides behind the others.
-          auto code_scores = [&](auto count, int first_tile, bool with_mean, float(*c)[NT][4]) {
+          // Raw scores of kCount tiles of 16 tokens, a part of the channels at a time, and of the mean: independent
+          // chains of products, taken in turns so that one's latency hides behind the others.
+          auto code_scores = [&](auto count, int first_tile, bool with_mean, float(*c)[kParts][NT][4]) {
             constexpr int kCount = decltype(count)::value;
-            uint32_t x[kCount][W], y[kCount][W];
+            constexpr int kGroups = W / kParts;  // of 16 channels
+            constexpr int kWords = kAffine ? kGroups : 2 * kGroups;
+            const int token = warp * kWarpTokens + row_token + first_tile;
+            auto multiply = [&](int i, int part, int group, int q, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+#pragma unroll
+              for (int t = 0; t < NT; ++t) {
+                const int at = (part * kGroups + group) * 8 + q;
+                mma(c[i][part][t], a0, a1, a2, a3, query[t][at], query[t][at + 1]);
+              }
+            };
+            uint32_t x[kCount][kWords], y[kCount][kWords];
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
 #pragma unroll
-              for (int t = 0; t < NT; ++t) c[i][t][0] = c[i][t][1] = c[i][t][2] = c[i][t][3] = 0.f;
-              const uint8_t* const from = keys + (first_tile + 16 * i) * S::kCodeBytes;
-              load_words<W>(x[i], from);
-              load_words<W>(y[i], from + 8 * S::kCodeBytes);
+              for (int part = 0; part < kParts; ++part)
+#pragma unroll
+                for (int t = 0; t < NT; ++t)
+                  c[i][part][t][0] = c[i][part][t][1] = c[i][part][t][2] = c[i][part][t][3] = 0.f;
+              const uint8_t* const from = base + (token + 16 * i) * S::kCodeBytes + j * (4 * kWords);
+              load_words<kWords>(x[i], from);
+              load_words<kWords>(y[i], from + 8 * S::kCodeBytes);
             }
 #pragma unroll
-            for (int w = 0; w < W; ++w) {
+            for (int w = 0; w < kGroups; ++w) {
 #pragma unroll
               for (int q = 0; q < 8; q += 2) {
 #pragma unroll
                 for (int i = 0; i < kCount; ++i) {
-                  const uint32_t x10 = x[i][w] >> 10, y10 = y[i][w] >> 10;
-#pragma unroll
-                  for (int t = 0; t < NT; ++t)
-                    mma(c[i][t], codes_at(x[i][w], x10, q), codes_at(y[i][w], y10, q), codes_at(x[i][w], x10, q + 1),
-                        codes_at(y[i][w], y10, q + 1), query[t][w * 8 + q], query[t][w * 8 + q + 1]);
+                  if constexpr (kAffine) {
+                    const uint32_t x10 = x[i][w] >> 10, y10 = y[i][w] >> 10;
+                    multiply(i, 0, w, q, codes_at(x[i][w], x10, q), codes_at(y[i][w], y10, q),
+                             codes_at(x[i][w], x10, q + 1), codes_at(y[i][w], y10, q + 1));
+                  } else {
+                    // A word holds 8 codes: its halves, beside those of the next word, are pairs 8 channels apart.
+                    const uint32_t a = q < 4 ? pair_halves<0>(x[i][2 * w], x[i][2 * w + 1])
+                                             : pair_halves<1>(x[i][2 * w], x[i][2 * w + 1]);
+                    const uint32_t b = q < 4 ? pair_halves<0>(y[i][2 * w], y[i][2 * w + 1])
+                                             : pair_halves<1>(y[i][2 * w], y[i][2 * w + 1]);
+                    multiply(i, 0, w, q, levels4(a, q & 3, bend[0]), levels4(b, q & 3, bend[0]),
+                             levels4(a, (q & 3) + 1, bend[0]), levels4(b, (q & 3) + 1, bend[0]));
+                  }
                 }
                 if (kMeans && with_mean) add_mean(w, q);
+              }
+            }
+            if constexpr (kParts == 2) {
+              // Per token D / 8 bytes of low bits, 16 codes a word, then D / 16 bytes of high bits.
+              uint32_t x_high[kCount], y_high[kCount];
+              uint32_t x_low[kCount][kGroups], y_low[kCount][kGroups];
+#pragma unroll
+              for (int i = 0; i < kCount; ++i) {
+                const uint8_t* const from = base + S::kMoreKeyCodes + (token + 16 * i) * S::kMoreBytes;
+                load_words<kGroups>(x_low[i], from + j * (4 * kGroups));
+                load_words<kGroups>(y_low[i], from + 8 * S::kMoreBytes + j * (4 * kGroups));
+                x_high[i] = load_bits<2 * kGroups>(from + S::kLowBytes + j * (2 * kGroups));
+                y_high[i] = load_bits<2 * kGroups>(from + 8 * S::kMoreBytes + S::kLowBytes + j * (2 * kGroups));
+              }
+#pragma unroll
+              for (int w = 0; w < kGroups; ++w) {
+#pragma unroll
+                for (int q = 0; q < 8; q += 2) {
+#pragma unroll
+                  for (int i = 0; i < kCount; ++i) {
+                    // The high bits of channels 0..7 in the low half, of 8..15 in the high half.
+                    const uint32_t xh = __byte_perm(x_high[i], 0, w ? 0x4342 : 0x4140);
+                    const uint32_t yh = __byte_perm(y_high[i], 0, w ? 0x4342 : 0x4140);
+                    multiply(i, 1, w, q, levels3(x_low[i][w], xh, q, bend[1]), levels3(y_low[i][w], yh, q, bend[1]),
+                             levels3(x_low[i][w], xh, q + 1, bend[1]), levels3(y_low[i][w], yh, q + 1, bend[1]));
+                  }
+                  if (kMeans && with_mean) add_mean(kGroups + w, q);
+                }
               }
             }
             if (kMeans && with_mean) {
 #pragma unroll
               for (int t = 0; t < NT; ++t) {
-                mean_score[t][0] *= scale * 256.f;
-                mean_score[t][1] *= scale * 256.f;
+                mean_score[t][0] *= scale * S::kHeadroom;
+                mean_score[t][1] *= scale * S::kHeadroom;
               }
             }
           };
-          // Scores of the tokens at `token` and `token` + 8 of the page -> weights.
-          auto page_softmax = [&](int token, float(&c)[NT][4], uint32_t(&weights)[NT][2]) {
-            const float2 key0 = unpack_half2(*reinterpret_cast<const uint32_t*>(base + S::kKeyScales + token * 4));
-            const float2 key1 = unpack_half2(*reinterpret_cast<const uint32_t*>(base + S::kKeyScales + token * 4 + 32));
-            float2 value0 = unpack_half2(*reinterpret_cast<const uint32_t*>(base + S::kValueScales + token * 4));
-            float2 value1 = unpack_half2(*reinterpret_cast<const uint32_t*>(base + S::kValueScales + token * 4 + 32));
-            const float scale0 = key0.x * (scale * kCodeUnit), scale1 = key1.x * (scale * kCodeUnit);
-            float scores[NT][4];
+          // Scales of the values of two tokens: [token at hand, 8 further on][part].
+          float value_scale[2][kParts];
+          // Scores of the tokens at `token` and `token` + 8 of the page -> weights, in c[0].
+          auto page_softmax = [&](int token, float(&c)[kParts][NT][4]) {
+            float2 zeros = make_float2(0.f, 0.f);  // of the two tokens' values
+            if constexpr (kAffine) {
+              const float2 key0 = unpack_half2(*reinterpret_cast<const uint32_t*>(base + S::kKeyScales + token * 4));
+              const float2 key1 = unpack_half2(*reinterpret_cast<const uint32_t*>(base + S::kKeyScales + token * 4 + 32));
+              const float2 value0 = unpack_half2(*reinterpret_cast<const uint32_t*>(base + S::kValueScales + token * 4));
+              const float2 value1 =
+                  unpack_half2(*reinterpret_cast<const uint32_t*>(base + S::kValueScales + token * 4 + 32));
+              const float scale0 = key0.x * (scale * kCodeUnit), scale1 = key1.x * (scale * kCodeUnit);
+              value_scale[0][0] = value0.x, value_scale[1][0] = value1.x;
+              zeros = make_float2(value0.y, value1.y);
 #pragma unroll
-            for (int t = 0; t < NT; ++t)
+              for (int t = 0; t < NT; ++t)
 #pragma unroll
-              for (int k = 0; k < 2; ++k) {
-                const float offset = shift[t][k] + mean_score[t][k];
-                scores[t][k] = fmaf(scale0, c[t][k], fmaf(key0.y, query_sum[t][k], offset));
-                scores[t][k + 2] = fmaf(scale1, c[t][k + 2], fmaf(key1.y, query_sum[t][k], offset));
-              }
+                for (int k = 0; k < 2; ++k) {
+                  const float offset = shift[t][k] + mean_score[t][k];
+                  c[0][t][k] = fmaf(scale0, c[0][t][k], fmaf(key0.y, query_sum[t][k], offset));
+                  c[0][t][k + 2] = fmaf(scale1, c[0][t][k + 2], fmaf(key1.y, query_sum[t][k], offset));
+                }
+            } else {
+              auto norm = [&](int offset, int part, int token) {
+                return __half2float(*reinterpret_cast<const __half*>(base + offset + (part * kPageTokens + token) * 2)) *
+                       p.level_scale[part] * 0.5f;
+              };
+              float key_scale[2][kParts];
+#pragma unroll
+              for (int part = 0; part < kParts; ++part)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                  key_scale[i][part] = norm(S::kKeyScales, part, token + 8 * i) * scale;
+                  value_scale[i][part] = norm(S::kValueScales, part, token + 8 * i);
+                }
+#pragma unroll
+              for (int t = 0; t < NT; ++t)
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                  float score = shift[t][k & 1] + mean_score[t][k & 1];
+#pragma unroll
+                  for (int part = 0; part < kParts; ++part) score = fmaf(key_scale[k >> 1][part], c[part][t][k], score);
+                  c[0][t][k] = score;
+                }
+            }
             if (unit.count < kPageTokens || unit.mask) {
               const bool has_block = unit.mask >> (token >> 4) & 1;
               auto dead = [&](int x) {
                 const int position = unit.first + x;
                 return x >= unit.count || (has_block && (position < r.sink_end || position >= r.recent_begin));
               };
+              // What nobody wrote may be NaN: its scales and zero are not used either.
               if (dead(token)) {
+                zeros.x = 0.f;
 #pragma unroll
-                for (int t = 0; t < NT; ++t) scores[t][0] = scores[t][1] = -INFINITY;
-                value0 = make_float2(0.f, 0.f);  // what nobody wrote may be NaN
+                for (int t = 0; t < NT; ++t) c[0][t][0] = c[0][t][1] = -INFINITY;
+#pragma unroll
+                for (int part = 0; part < kParts; ++part) value_scale[0][part] = 0.f;
               }
               if (dead(token + 8)) {
+                zeros.y = 0.f;
 #pragma unroll
-                for (int t = 0; t < NT; ++t) scores[t][2] = scores[t][3] = -INFINITY;
-                value1 = make_float2(0.f, 0.f);
+                for (int t = 0; t < NT; ++t) c[0][t][2] = c[0][t][3] = -INFINITY;
+#pragma unroll
+                for (int part = 0; part < kParts; ++part) value_scale[1][part] = 0.f;
               }
             }
-            softmax(scores, value0, value1, weights);
+            softmax(c[0]);
+            if constexpr (kAffine) {
+#pragma unroll
+              for (int t = 0; t < NT; ++t)
+#pragma unroll
+                for (int k = 0; k < 2; ++k)
+                  zero_sum[t][k] = fmaf(c[0][t][k + 2], zeros.y, fmaf(c[0][t][k], zeros.x, zero_sum[t][k]));
+            }
           };
-          auto add_values = [&](int tile, const uint32_t(&weights)[NT][2]) {
-            constexpr int kSets = D == 256 ? 2 : 1;
-            uint32_t v[4][kSets];
+          // Values of the 16 tokens from `tile` on; `weights` of each part.
+          auto add_values = [&](int tile, const uint32_t(&weights)[kParts][NT][2]) {
+            const int token = warp * kWarpTokens + tile + j;  // and those 4, 8, 12 further on
+            auto multiply = [&](int i, int part, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const uint8_t* const from =
-                  base + S::kValueCodes + (warp * kWarpTokens + tile + j + 4 * i) * S::kCodeBytes;
-              if constexpr (D == 256) {
-                const uint2 both = *reinterpret_cast<const uint2*>(from + 8 * g);
-                v[i][0] = both.x, v[i][kSets - 1] = both.y;
-              } else {
-                v[i][0] = *reinterpret_cast<const uint32_t*>(from + 4 * (D == 64 ? g & 3 : g));
+              for (int t = 0; t < NT; ++t) mma(out[t][i], a0, a1, a2, a3, weights[part][t][0], weights[part][t][1]);
+            };
+            constexpr int kSets = S::kSets / kParts, kPositions = S::kPositions;
+            if constexpr (kAffine) {
+              uint32_t v[4][kSets];
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const uint8_t* const from = base + S::kValueCodes + (token + 4 * i) * S::kCodeBytes;
+                load_words<kSets>(v[i], from + 4 * kSets * (D == 64 ? g & 3 : g));
               }
-            }
 #pragma unroll
-            for (int set = 0; set < kSets; ++set) {
-              uint32_t low0 = pair_halves<0>(v[0][set], v[1][set]), high0 = pair_halves<1>(v[0][set], v[1][set]);
-              uint32_t low1 = pair_halves<0>(v[2][set], v[3][set]), high1 = pair_halves<1>(v[2][set], v[3][set]);
-              if constexpr (D == 64) {  // four words a token: rows 4..7 of a tile are positions 4..7 of the same words
-                const int by = (g >> 2) * 8;
-                low0 >>= by, high0 >>= by, low1 >>= by, high1 >>= by;
+              for (int set = 0; set < kSets; ++set) {
+                uint32_t low0 = pair_halves<0>(v[0][set], v[1][set]), high0 = pair_halves<1>(v[0][set], v[1][set]);
+                uint32_t low1 = pair_halves<0>(v[2][set], v[3][set]), high1 = pair_halves<1>(v[2][set], v[3][set]);
+                if constexpr (D == 64) {  // four words a token: rows 4..7 of a tile are positions 4..7 of the same words
+                  const int by = (g >> 2) * 8;
+                  low0 >>= by, high0 >>= by, low1 >>= by, high1 >>= by;
+                }
+                const uint32_t low0s = low0 >> 10, high0s = high0 >> 10, low1s = low1 >> 10, high1s = high1 >> 10;
+#pragma unroll
+                for (int q = 0; q < kPositions; ++q)
+                  multiply(set * kPositions + q, 0, codes_at(low0, low0s, q), codes_at(high0, high0s, q),
+                           codes_at(low1, low1s, q), codes_at(high1, high1s, q));
               }
-              const uint32_t low0s = low0 >> 10, high0s = high0 >> 10, low1s = low1 >> 10, high1s = high1 >> 10;
+            } else {
+              // Rows g of the tiles are the first kPositions channels of a lane, rows g + 8 as many further on: in the
+              // words' halves, or in words of their own.
+              constexpr int kWords = kPositions == 8 || D == 64 ? 2 : 1;
+              uint32_t v[4][kSets * kWords];
 #pragma unroll
-              for (int q = 0; q < kTiles / kSets; ++q)
+              for (int i = 0; i < 4; ++i) {
+                const uint8_t* const from = base + S::kValueCodes + (token + 4 * i) * S::kCodeBytes;
+                load_words<kSets * kWords>(v[i], from + 4 * kSets * kWords * (D == 64 ? g & 3 : g));
+              }
 #pragma unroll
-                for (int t = 0; t < NT; ++t)
-                  mma(out[t][set * 8 + q], codes_at(low0, low0s, q), codes_at(high0, high0s, q),
-                      codes_at(low1, low1s, q), codes_at(high1, high1s, q), weights[t][0], weights[t][1]);
+              for (int set = 0; set < kSets; ++set)
+#pragma unroll
+                for (int q = 0; q < kPositions; q += 4) {
+                  auto halves = [&](int high, int i) {
+                    const uint32_t x = v[i][set * kWords + (kWords == 2 ? high : 0)];
+                    const uint32_t y = v[i + 1][set * kWords + (kWords == 2 ? high : 0)];
+                    if constexpr (D == 64) return __byte_perm(x, y, g < 4 ? 0x5410 : 0x7632);
+                    return (kWords == 2 ? q != 0 : high) ? pair_halves<1>(x, y) : pair_halves<0>(x, y);
+                  };
+                  const uint32_t low0 = halves(0, 0), high0 = halves(1, 0), low1 = halves(0, 2), high1 = halves(1, 2);
+#pragma unroll
+                  for (int k = 0; k < 4; ++k)
+                    multiply(set * kPositions + q + k, 0, levels4(low0, k, bend[0]), levels4(high0, k, bend[0]),
+                             levels4(low1, k, bend[0]), levels4(high1, k, bend[0]));
+                }
+              if constexpr (kParts == 2) {
+                uint32_t low[4], high[4];  // of 2 * kPositions channels
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                  const uint8_t* const from = base + S::kMoreValueCodes + (token + 4 * i) * S::kMoreBytes;
+                  low[i] = load_bits<kPositions / 2>(from + g * (kPositions / 2));
+                  high[i] = load_bits<kPositions / 4>(from + S::kLowBytes + g * (kPositions / 4));
+                }
+                const uint32_t low0 = pair_halves<0>(low[0], low[1]), low1 = pair_halves<0>(low[2], low[3]);
+                const uint32_t high0 = pair_halves<0>(high[0], high[1]), high1 = pair_halves<0>(high[2], high[3]);
+                // Channels of rows g + 8: in the same words, or in the upper halves.
+                const uint32_t low0s = kPositions == 4 ? low0 : pair_halves<1>(low[0], low[1]);
+                const uint32_t low1s = kPositions == 4 ? low1 : pair_halves<1>(low[2], low[3]);
+                const uint32_t high0s = kPositions == 4 ? high0 : high0 >> 8, high1s = kPositions == 4 ? high1 : high1 >> 8;
+                constexpr int kFurther = kPositions == 4 ? 4 : 0;
+#pragma unroll
+                for (int q = 0; q < kPositions; ++q)
+                  multiply(kPositions + q, kParts - 1, levels3(low0, high0, q, bend[1]),
+                           levels3(low0s, high0s, q + kFurther, bend[1]), levels3(low1, high1, q, bend[1]),
+                           levels3(low1s, high1s, q + kFurther, bend[1]));
+              }
             }
           };
           if constexpr (kPacked) {
-            float c[2][NT][4];
-            uint32_t weights[NT][2];
+            float c[2][kParts][NT][4];
             code_scores(std::integral_constant<int, 2>(), 0, true, c);
 #pragma unroll
-            for (int k = 0; k < 4; ++k) c[0][0][k] = low_columns ? c[0][0][k] : c[1][0][k];
-            page_softmax(warp * kWarpTokens + row_token + (low_columns ? 0 : 16), c[0], weights);
-            const uint32_t of_low[1][2] = {{weights[0][0] & first_half, weights[0][1] & first_half}};
-            const uint32_t of_high[1][2] = {{weights[0][0] & ~first_half, weights[0][1] & ~first_half}};
+            for (int part = 0; part < kParts; ++part)
+#pragma unroll
+              for (int k = 0; k < 4; ++k) c[0][part][0][k] = low_columns ? c[0][part][0][k] : c[1][part][0][k];
+            page_softmax(warp * kWarpTokens + row_token + (low_columns ? 0 : 16), c[0]);
+            uint32_t of_low[kParts][NT][2], of_high[kParts][NT][2];
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) {
+              uint32_t weights[NT][2];
+              scaled_weights(c[0][0], value_scale[0][part], value_scale[1][part], weights);
+#pragma unroll
+              for (int k = 0; k < 2; ++k) {
+                of_low[part][0][k] = weights[0][k] & first_half;
+                of_high[part][0][k] = weights[0][k] & ~first_half;
+              }
+            }
             add_values(0, of_low);
             add_values(16, of_high);
           } else {
 #pragma unroll
             for (int tile = 0; tile < kWarpTokens; tile += 16) {
-              float c[1][NT][4];
-              uint32_t weights[NT][2];
+              float c[1][kParts][NT][4];
+              uint32_t weights[kParts][NT][2];
               code_scores(std::integral_constant<int, 1>(), tile, tile == 0, c);
-              page_softmax(warp * kWarpTokens + tile + row_token, c[0], weights);
+              page_softmax(warp * kWarpTokens + tile + row_token, c[0]);
+#pragma unroll
+              for (int part = 0; part < kParts; ++part)
+                scaled_weights(c[0][0], value_scale[0][part], value_scale[1][part], weights[part]);
               add_values(tile, weights);
             }
           }
@@ -749,17 +1025,17 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
             return pack_half2(__uint_as_float(pair << 16) * factor, __uint_as_float(pair & 0xffff0000u) * factor);
           };
           float c[NT][4] = {};
-          const uint8_t* const key0 = base + row_token * S::kRowBytes + 32 * W * j;
-          const uint8_t* const key8 = key0 + 8 * S::kRowBytes;
 #pragma unroll
           for (int w = 0; w < W; ++w) {
-            const uint4 low0 = *reinterpret_cast<const uint4*>(key0 + 32 * w);
-            const uint4 high0 = *reinterpret_cast<const uint4*>(key0 + 32 * w + 16);
-            const uint4 low8 = *reinterpret_cast<const uint4*>(key8 + 32 * w);
-            const uint4 high8 = *reinterpret_cast<const uint4*>(key8 + 32 * w + 16);
+            const uint8_t* const key0 = base + row_token * S::kRowBytes + 2 * S::query_channel(w, j);
+            const uint8_t* const key8 = key0 + 8 * S::kRowBytes;
+            const uint4 low0 = *reinterpret_cast<const uint4*>(key0);
+            const uint4 high0 = *reinterpret_cast<const uint4*>(key0 + 16);
+            const uint4 low8 = *reinterpret_cast<const uint4*>(key8);
+            const uint4 high8 = *reinterpret_cast<const uint4*>(key8 + 16);
 #pragma unroll
             for (int q = 0; q < 8; q += 2) {
-              const float f0 = power4(shift_of(q)) / 256.f, f1 = power4(shift_of(q + 1)) / 256.f;
+              const float f0 = S::key_unit(q) / S::kHeadroom, f1 = S::key_unit(q + 1) / S::kHeadroom;
               const int i = q / 2;
               const uint32_t a0 = to_half(pair_halves<0>(word_of(low0, i), word_of(high0, i)), f0);
               const uint32_t a1 = to_half(pair_halves<0>(word_of(low8, i), word_of(high8, i)), f0);
@@ -782,25 +1058,25 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
               const bool column = !kPacked || low_columns;
               const bool ok0 = column && live0 && (!is_new || row_token <= query_token);
               const bool ok8 = column && live8 && (!is_new || row_token + 8 <= query_token);
-              scores[t][k] = ok0 ? fmaf(c[t][k], scale * 256.f, shift[t][k]) : -INFINITY;
-              scores[t][k + 2] = ok8 ? fmaf(c[t][k + 2], scale * 256.f, shift[t][k]) : -INFINITY;
+              scores[t][k] = ok0 ? fmaf(c[t][k], scale * S::kHeadroom, shift[t][k]) : -INFINITY;
+              scores[t][k + 2] = ok8 ? fmaf(c[t][k + 2], scale * S::kHeadroom, shift[t][k]) : -INFINITY;
             }
-          const float2 exact = make_float2(1.f, 0.f);
-          softmax(scores, exact, exact, weights);
+          softmax(scores);
+          scaled_weights(scores, 1.f, 1.f, weights);
           // Rows that are not read may hold anything, NaN included: a weight of zero does not silence NaN.
           const uint32_t keep0 = (is_read(j) ? 0xffffu : 0u) | (is_read(j + 4) ? 0xffff0000u : 0u);
           const uint32_t keep8 = (is_read(j + 8) ? 0xffffu : 0u) | (is_read(j + 12) ? 0xffff0000u : 0u);
-          constexpr int kSets = D == 256 ? 2 : 1, kPositions = kTiles / kSets;
+          constexpr int kPositions = S::kPositions;
 #pragma unroll
-          for (int set = 0; set < kSets; ++set) {
-            // Channels of this lane's accumulator rows: kPositions consecutive ones, and the same 8 further on.
-            const int channel = D == 64 ? 16 * (g & 3) + 4 * (g >> 2) : D == 128 ? 16 * g : 16 * (2 * g + set);
+          for (int set = 0; set < S::kSets; ++set) {
+            // Channels of this lane's accumulator rows: kPositions consecutive ones, and as many kHighStep further on.
+            const int channel = S::value_channel(set, g);
             uint32_t v[4][2][kPositions / 2];
 #pragma unroll
             for (int i = 0; i < 4; ++i)
 #pragma unroll
               for (int high = 0; high < 2; ++high) {
-                const uint8_t* const from = base + (j + 4 * i) * S::kRowBytes + (D + channel + 8 * high) * 2;
+                const uint8_t* const from = base + (j + 4 * i) * S::kRowBytes + (D + channel + S::kHighStep * high) * 2;
                 if constexpr (kPositions == 4) {
                   const uint2 x = *reinterpret_cast<const uint2*>(from);
                   v[i][high][0] = x.x, v[i][high][1] = x.y;
@@ -819,7 +1095,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
               const uint32_t a0 = operand(0, 0, keep0), a1 = operand(0, 1, keep0);
               const uint32_t a2 = operand(2, 0, keep8), a3 = operand(2, 1, keep8);
 #pragma unroll
-              for (int t = 0; t < NT; ++t) mma(out[t][set * 8 + q], a0, a1, a2, a3, weights[t][0], weights[t][1]);
+              for (int t = 0; t < NT; ++t)
+                mma(out[t][set * kPositions + q], a0, a1, a2, a3, weights[t][0], weights[t][1]);
             }
           }
         }
@@ -865,7 +1142,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
         }
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
-          const float f = factor * (kCodeUnit / power4(shift_of(S::position(i))));
+          const float f = factor * (1.f / S::value_unit(i));
 #pragma unroll
           for (int high = 0; high < 2; ++high) {
             float x = out[t][i][k + 2 * high] * f;
@@ -1076,20 +1353,23 @@ __global__ void __launch_bounds__(kCombineThreads<D>) combine_kernel(const Decod
 
 // ---- host ------------------------------------------------------------------------------------------------------
 
-template <int D, int NT, bool kPacked>
+template <int D, int kCode, int NT, bool kPacked>
 struct Launch {
   static constexpr int kRows = kPacked ? 4 : 8 * NT;
-  static constexpr int kStages = 3;
   static constexpr int kCtasPerSm = D * NT <= 128 ? 3 : 2;
-  static constexpr int kSharedBytes = kStages * (Shape<D>::kStageBytes + static_cast<int>(sizeof(Unit)) + 16) +
-                                      kWarps * (kRows * (D + 8) + 3 * 8 * NT) * 4;
+  static constexpr int kMergeBytes = kWarps * (kRows * (D + 8) + 3 * 8 * NT) * 4;
+  static constexpr int kPerStage = kPageBytes<D, kCode> + static_cast<int>(sizeof(Unit)) + 16;
+  // A multiprocessor has 228 KiB of shared memory, of which a CTA costs 1 KiB.
+  static constexpr int kStages = kCtasPerSm * (3 * kPerStage + kMergeBytes + 1024) <= 228 << 10 ? 3 : 2;
+  static constexpr int kSharedBytes = kStages * kPerStage + kMergeBytes;
+  static_assert(kCtasPerSm * (kSharedBytes + 1024) <= 228 << 10);
 
   template <bool kMeans>
   static cudaError_t run(const DecodeParams& p, int num_sms, cudaStream_t stream) {
     const int group = p.num_heads / p.num_kv_heads;
     const int row_tiles = (group * p.max_query_len + kRows - 1) / kRows;
     const int ctas = num_sms * kCtasPerSm < kMaxCtas ? num_sms * kCtasPerSm : kMaxCtas;
-    auto decode = decode_kernel<D, NT, kPacked, kMeans, kStages, kCtasPerSm>;
+    auto decode = decode_kernel<D, kCode, kCode == kLloydMax43 ? 2 : 1, NT, kPacked, kMeans, kStages, kCtasPerSm>;
     auto combine = combine_kernel<D, kRows>;
     // Idempotent, and cheap beside the launch. Both kernels ask for the same split of L1 and shared memory: changing
     // it between them would drain the multiprocessors.
@@ -1116,24 +1396,32 @@ struct Launch {
     return cudaLaunchKernelEx(&config, combine, p, ctas);
   }
   static cudaError_t run(const DecodeParams& p, int num_sms, cudaStream_t stream) {
-    return p.page_means ? run<true>(p, num_sms, stream) : run<false>(p, num_sms, stream);
+    if constexpr (kCode == kAffine2) {
+      if (!p.page_means) return run<false>(p, num_sms, stream);
+    }
+    return run<true>(p, num_sms, stream);
   }
 };
 
-// Explicitly instantiated in decode_sm90_d<D>.cu, so that head sizes compile side by side.
-template <int D>
-cudaError_t launch_head_dim(const DecodeParams& p, int num_sms, cudaStream_t stream) {
+// Explicitly instantiated in decode_sm90_<code>_d<D>.cu, so that they compile side by side.
+template <int D, int kCode>
+cudaError_t launch(const DecodeParams& p, int num_sms, cudaStream_t stream) {
   const int rows = p.num_heads / p.num_kv_heads * p.max_query_len;
-  if (rows <= 4) return Launch<D, 1, true>::run(p, num_sms, stream);
+  if (rows <= 4) return Launch<D, kCode, 1, true>::run(p, num_sms, stream);
   if constexpr (D <= 128) {
-    if (rows > 8) return Launch<D, 2, false>::run(p, num_sms, stream);
+    if (rows > 8) return Launch<D, kCode, 2, false>::run(p, num_sms, stream);
   }
-  return Launch<D, 1, false>::run(p, num_sms, stream);
+  return Launch<D, kCode, 1, false>::run(p, num_sms, stream);
 }
 
-extern template cudaError_t launch_head_dim<64>(const DecodeParams&, int, cudaStream_t);
-extern template cudaError_t launch_head_dim<128>(const DecodeParams&, int, cudaStream_t);
-extern template cudaError_t launch_head_dim<256>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<64, kAffine2>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<128, kAffine2>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<256, kAffine2>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<64, kLloydMax4>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<128, kLloydMax4>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<256, kLloydMax4>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<128, kLloydMax43>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<256, kLloydMax43>(const DecodeParams&, int, cudaStream_t);
 
 }  // namespace sm90
 }  // namespace vllm_kvcompress

@@ -147,8 +147,7 @@ def kernel_case(vllm_config: VllmConfig) -> Case:
         page_tokens=_page_tokens(vllm_config),
         group=model_config.get_num_attention_heads(parallel) // model_config.get_num_kv_heads(parallel),
         dtype=model_config.dtype,
-        page_format=page_format.name,
-        has_gpu_kernels=page_format.has_gpu_kernels,
+        page_format=page_format,
     )
 
 

@@ -81,17 +81,24 @@ class Step:
         self.table = table.to(device)
         self.pages = torch.randint(0, 256, (total + 1, heads, self.layout.head_bytes), dtype=torch.uint8, device=device)
         fields = page_fields(self.pages, self.layout)
-        for field in (fields.k_scales, fields.v_scales):
-            step = 0.2 + 0.3 * torch.rand(field.shape[:-1], device=device)
-            field[..., 0] = step.half()
-            field[..., 1] = (-1.5 * step + 0.1 * torch.randn_like(step)).half()
+        rows = ((fields.keys, self.layout.keys), (fields.values, self.layout.values))
+        for field, row in rows:
+            for part, scales in zip(row.parts, field.scales, strict=True):
+                if row.quantizer == "affine":
+                    step = 0.2 + 0.3 * torch.rand(scales.shape[:-1], device=device)
+                    scales[..., 0] = step.half()
+                    scales[..., 1] = (-1.5 * step + 0.1 * torch.randn_like(step)).half()
+                else:  # norms of rows whose channels are of the order of 0.5
+                    scales.copy_((0.2 + 0.6 * torch.rand(scales.shape, device=device)) * part.channels**0.5)
         if fields.k_mean is not None:
             fields.k_mean.copy_(torch.randn(fields.k_mean.shape, device=device))
         for row, (history, _) in enumerate(requests):
             if history % PAGE_TOKENS and self.table[row, history // PAGE_TOKENS]:
                 page = int(self.table[row, history // PAGE_TOKENS])
-                for field in (fields.k_codes, fields.v_codes, fields.k_scales, fields.v_scales):
-                    field[page, :, history % PAGE_TOKENS :].view(torch.uint8).fill_(0xFF)
+                for field, _ in rows:
+                    for written in (*field.codes, *field.scales):
+                        rest = written[page, :, history % PAGE_TOKENS :]
+                        rest.fill_(0xFF if written.dtype == torch.uint8 else torch.nan)
         self.pages[0] = 0xFF
         self.window_cache = self.window_table = None
         if sinks or recent:

@@ -24,6 +24,10 @@ _CASES = [
     (128, 4, 8, "oscar-int2", (20, 40)),
     (256, 4, 1, "oscar-int2", (20, 40)),
     (256, 8, 2, "int2", (16, 64)),
+    (64, 4, 1, "turboquant-4", (20, 40)),
+    (128, 4, 1, "turboquant-4", (20, 40)),
+    (128, 6, 3, "turboquant-3.5", (16, 64)),
+    (256, 4, 1, "turboquant-3.5", (20, 40)),
 ]
 
 
@@ -48,8 +52,8 @@ def main() -> None:
         )
         torch.ops.vllm_kvcompress.decode(
             step.q, step.new_kv, step.pages, step.window_cache, step.table, step.window_table, step.starts, step.seq,
-            step.v_unrotation, step.out, workspace, step.max_query_len, dim, step.layout.k_mean is not None, True,
-            sinks, recent, step.scale,
+            step.v_unrotation, step.out, workspace, step.max_query_len, dim, *cuda_ops.code_arguments(step.layout),
+            step.layout.k_mean is not None, True, sinks, recent, step.scale,
         )  # fmt: skip
         torch.cuda.synchronize()
         print(f"head size {dim}, group {group}, up to {step.max_query_len} new tokens, {name}: ran", flush=True)

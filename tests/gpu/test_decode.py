@@ -10,10 +10,18 @@ import pytest
 import torch
 
 from vllm_kvcompress.formats import get_format
+from vllm_kvcompress.formats.base import PAGE_TOKENS
 from vllm_kvcompress.kernels import cuda_ops
 
 TOLERANCE = 2e-3
 BF16_ROUNDING = 2.0**-9
+# Head sizes and formats that the kernel reads, each kind of code once.
+READ = [
+    (dim, name)
+    for dim in cuda_ops.HEAD_DIMS
+    for name in ("hadamard-int2", "int2", "turboquant-4", "turboquant-3.5")
+    if cuda_ops.code_arguments(get_format(name).layout(dim, PAGE_TOKENS)) is not None
+]
 MIXED = [0, 1, 15, 16, 17, 63, 127, 128, 129, 255, 300, 1000, 2049, 5000]
 
 
@@ -49,6 +57,7 @@ def run(step, unrotate=True, out=None):
         workspace,
         step.max_query_len,
         step.dim,
+        *cuda_ops.code_arguments(step.layout),
         step.layout.k_mean is not None,
         step.window_dtype == torch.bfloat16,
         step.sinks,
@@ -68,8 +77,7 @@ def check(step, worst_error, unrotate=True):
 
 
 @pytest.mark.parametrize("windows", [(0, 0), (64, 256), (5, 100), (0, 40), (40, 0)])
-@pytest.mark.parametrize("name", ["hadamard-int2", "int2"])
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim,name", READ)
 def test_formats_and_windows(make_step, worst_error, dim, name, windows):
     step = make_step(
         [(n, 1) for n in MIXED], heads=2, group=4, dim=dim, page_format=get_format(name), sinks=windows[0],
@@ -80,13 +88,12 @@ def test_formats_and_windows(make_step, worst_error, dim, name, windows):
 
 @pytest.mark.parametrize("batch", [3, 17, 40])
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_groups(make_step, worst_error, dim, group, batch):
+@pytest.mark.parametrize("dim,name", [case for case in READ if case[1] != "int2"])
+def test_groups(make_step, worst_error, dim, name, group, batch):
     """Groups that no tile divides read their own KV head, at small and at large batches (a bug others had)."""
     lengths = torch.randint(1, 700, (batch,)).tolist()
     step = make_step(
-        [(n, 1) for n in lengths], heads=3, group=group, dim=dim, page_format=get_format("hadamard-int2"), sinks=16,
-        recent=64,
+        [(n, 1) for n in lengths], heads=3, group=group, dim=dim, page_format=get_format(name), sinks=16, recent=64,
     )  # fmt: skip
     check(step, worst_error)
 
@@ -94,11 +101,12 @@ def test_groups(make_step, worst_error, dim, group, batch):
 @pytest.mark.parametrize("window_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 16])
 @pytest.mark.parametrize("new", range(1, 9))
-def test_several_new_tokens(make_step, worst_error, new, group, window_dtype):
+@pytest.mark.parametrize("name", ["oscar-int2", "turboquant-4", "turboquant-3.5"])
+def test_several_new_tokens(make_step, worst_error, name, new, group, window_dtype):
     """Speculative decoding: causal among the step's own tokens; requests may have fewer than the most, or none."""
     lengths = [(n, int(torch.randint(0, new + 1, ()))) for n in MIXED] + [(777, new)]
     step = make_step(
-        lengths, heads=2, group=group, dim=128, page_format=get_format("oscar-int2"), sinks=32, recent=48, missing=0.2,
+        lengths, heads=2, group=group, dim=128, page_format=get_format(name), sinks=32, recent=48, missing=0.2,
         window_dtype=window_dtype, padding=5,
     )  # fmt: skip
     check(step, worst_error)
@@ -219,7 +227,8 @@ def test_cuda_graph(make_step, worst_error):
     with torch.cuda.graph(graph):
         torch.ops.vllm_kvcompress.decode(
             step.q, step.new_kv, step.pages, step.window_cache, step.table, step.window_table, step.starts, step.seq,
-            step.v_unrotation, step.out, workspace, 1, step.dim, True, True, step.sinks, step.recent, step.scale,
+            step.v_unrotation, step.out, workspace, 1, step.dim, *cuda_ops.code_arguments(step.layout), True, True,
+            step.sinks, step.recent, step.scale,
         )  # fmt: skip
     step.table.copy_(tables[0])
     step.window_table.copy_(tables[1])

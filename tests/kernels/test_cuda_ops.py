@@ -10,20 +10,25 @@ import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
+from vllm_kvcompress.formats import format_names, get_format
 from vllm_kvcompress.formats.base import PAGE_TOKENS
 from vllm_kvcompress.kernels import cuda_ops
+from vllm_kvcompress.quantizers import lloyd_max
 
 HELPERS = Path(__file__).resolve().parents[1] / "packaging" / "cuda_wheel.py"
 
 SCHEMAS = {
     "decode": "(Tensor q, Tensor new_kv, Tensor pages, Tensor? window_cache, Tensor block_table, Tensor? window_table, "
     "Tensor query_start_loc, Tensor seq_lens, Tensor? v_unrotation, Tensor(a!) out, Tensor(b!) workspace, "
-    "int max_query_len, int head_dim, bool page_means, bool window_is_bf16, int sink_tokens, int recent_tokens, "
-    "float scale) -> ()",
+    "int max_query_len, int head_dim, int code, float level_scale, float level_bend, float more_level_scale, "
+    "float more_level_bend, bool page_means, bool window_is_bf16, int sink_tokens, int recent_tokens, float scale) "
+    "-> ()",
     "decode_workspace_elements": "(int num_kv_heads, int group, int head_dim, int max_num_reqs, int max_query_len) "
     "-> int",
     "cuda_versions": "() -> (int, int)",
 }
+
+CODE = ("code", "level_scale", "level_bend", "more_level_scale", "more_level_bend")
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +49,11 @@ def arguments(device: str, head_dim: int | None = None, windows: bool | None = N
     """A step the op accepts, of random sizes; strides are as free as the op allows."""
     dim = head_dim or random.choice(cuda_ops.HEAD_DIMS)
     windows = random.random() < 0.5 if windows is None else windows
-    page_means, is_bf16 = random.random() < 0.5, random.random() < 0.5
+    name = random.choice(("oscar-int2", "int2", "turboquant-4", "turboquant-3.5" if dim > 64 else "hadamard-int2"))
+    layout = get_format(name).layout(dim, PAGE_TOKENS)
+    page_means, is_bf16 = layout.k_mean is not None, random.random() < 0.5
     kv_heads, group, reqs = random.randint(1, 4), random.randint(1, 16), random.randint(1, 5)
     tokens, heads = reqs + random.randint(0, 3), kv_heads * group
-    head_bytes = -(-(PAGE_TOKENS * (dim // 2 + 8) + (2 * dim if page_means else 0)) // PAGE_TOKENS) * PAGE_TOKENS
     window_dtype = torch.bfloat16 if is_bf16 else torch.float16
 
     def make(*sizes: int, dtype: torch.dtype, pad: int = 0, contiguous: int = 1) -> torch.Tensor:
@@ -60,7 +66,7 @@ def arguments(device: str, head_dim: int | None = None, windows: bool | None = N
     return {
         "q": make(tokens, heads, dim, dtype=torch.float16, pad=8 * random.randint(0, 2)),
         "new_kv": make(tokens + 2, kv_heads, 2 * dim, dtype=window_dtype, pad=8 * random.randint(0, 2), contiguous=2),
-        "pages": make(3, kv_heads, head_bytes, dtype=torch.uint8, pad=16 * random.randint(0, 2), contiguous=2),
+        "pages": make(3, kv_heads, layout.head_bytes, dtype=torch.uint8, pad=16 * random.randint(0, 2), contiguous=2),
         "window_cache": make(5, kv_heads, 16, 4 * dim, dtype=torch.uint8, pad=16, contiguous=3) if windows else None,
         "block_table": make(reqs + 1, 3, **table),
         "window_table": make(reqs, 24, **table) if windows else None,
@@ -71,6 +77,7 @@ def arguments(device: str, head_dim: int | None = None, windows: bool | None = N
         "workspace": make(64, dtype=torch.float32),
         "max_query_len": tokens,
         "head_dim": dim,
+        **dict(zip(CODE, cuda_ops.code_arguments(layout), strict=True)),
         "page_means": page_means,
         "window_is_bf16": is_bf16,
         "sink_tokens": random.randint(0, 64),
@@ -82,6 +89,20 @@ def arguments(device: str, head_dim: int | None = None, windows: bool | None = N
 def test_schemas(ops):
     for name, schema in SCHEMAS.items():
         assert str(getattr(ops, name).default._schema) == f"vllm_kvcompress::{name}{schema}"
+
+
+def test_which_pages_the_op_reads():
+    read = {
+        (name, dim): arguments[0]
+        for name in format_names()
+        for dim in cuda_ops.HEAD_DIMS
+        if (arguments := cuda_ops.code_arguments(get_format(name).layout(dim, PAGE_TOKENS)))
+    }
+    names = ("oscar-int2", "oscar-int2-static", "hadamard-int2", "int2", "turboquant-4")
+    whole = {(name, dim): 4 if name == "turboquant-4" else 2 for name in names for dim in cuda_ops.HEAD_DIMS}
+    assert read == whole | {("turboquant-3.5", dim): 43 for dim in (128, 256)}
+    halves = get_format("turboquant-3.5").layout(128, PAGE_TOKENS)
+    assert cuda_ops.code_arguments(halves) == (43, *lloyd_max.cubic(64, 4), *lloyd_max.cubic(64, 3))
 
 
 def test_versions(ops):
@@ -134,7 +155,11 @@ BAD = {
     "another head size": (replaced("head_dim", lambda x: 64), r"q must be float16 \[\d+, \d+, 64\]"),
     "rows of out": (replaced("out", lambda x: torch.cat((x, x))), "out must be b?float16"),
     "rows of new_kv": (replaced("new_kv", lambda x: x[:0]), "new_kv must have a row for each of q's"),
-    "bytes of a page": (replaced("page_means", lambda x: not x), r"pages must be uint8 \[any, \d+, \d+\], got uint8"),
+    "bytes of a page": (
+        replaced("code", lambda x: 4 if x == 2 else 2),
+        r"pages must be uint8 \[any, \d+, \d+\], got uint8|must have means",
+    ),
+    "code": (replaced("code", lambda x: 3), r"code must be 2 \(affine\), 4 or 43 \(Lloyd-Max\), got 3"),
     "rows of the table": (replaced("block_table", lambda x: x[:0]), "block_table must have a row for each of"),
     "query starts": (replaced("query_start_loc", lambda x: x[1:]), "query_start_loc must be int32"),
     "window rows": (replaced("window_cache", lambda x: x[..., 16:]), "window_cache must be uint8"),

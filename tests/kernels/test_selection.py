@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from vllm_kvcompress.errors import UnsupportedModelError
+from vllm_kvcompress.formats import get_format
 from vllm_kvcompress.kernels import cuda_ops
 from vllm_kvcompress.kernels.selection import Case, choose_decode, choose_path
 
-CASE = Case(
-    head_dim=128, page_tokens=128, group=4, dtype=torch.bfloat16, page_format="oscar-int2", has_gpu_kernels=True
-)
+CASE = Case(head_dim=128, page_tokens=128, group=4, dtype=torch.bfloat16, page_format=get_format("oscar-int2"))
 BUILT, UNBUILT = (lambda: None), (lambda: "it is not compiled; install from source")
 HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
 
@@ -59,6 +58,7 @@ def test_interpreted_kernels_run_on_the_cpu_only_when_asked(monkeypatch):
         ("cuda", "cuda", HOPPER, BUILT, {"head_dim": 96}, "96"),
         ("cuda", "cuda", HOPPER, BUILT, {"page_tokens": 256}, "256"),
         ("cuda", "cuda", HOPPER, BUILT, {"group": 17}, "17"),
+        ("cuda", "cuda", HOPPER, BUILT, {"page_format": get_format("turboquant-2.5")}, "turboquant-2.5"),
         ("cuda", "cuda", HOPPER, BUILT, {"dtype": torch.float32}, "float32"),
     ],
 )

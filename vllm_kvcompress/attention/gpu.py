@@ -52,6 +52,8 @@ class LayerConstants:
     clip_k: torch.Tensor
     """[H] float32"""
     clip_v: torch.Tensor
+    sketch: torch.Tensor | None
+    """S [D, D] float16 contiguous, of formats with residual signs"""
 
     def update(self, other: LayerConstants) -> None:
         """Take over values; the memory stays, for captured graphs read it."""
@@ -69,8 +71,9 @@ def layer_constants(
     k_mean: torch.Tensor | None,
     clip_k: torch.Tensor | float,
     clip_v: torch.Tensor | float,
+    sketch: torch.Tensor | None = None,
 ) -> LayerConstants:
-    """From rotations [H, D, D], mean [H, D] and clips [H] or one number, in float32 or wider."""
+    """From rotations [H, D, D], mean [H, D], clips [H] or one number and S [D, D], in float32 or wider."""
 
     def half(matrix: torch.Tensor | None) -> torch.Tensor | None:
         return None if matrix is None else matrix.to(device, torch.float16).contiguous()
@@ -86,6 +89,7 @@ def layer_constants(
         k_mean=None if k_mean is None else k_mean.to(device, torch.float32).contiguous(),
         clip_k=clip(clip_k),
         clip_v=clip(clip_v),
+        sketch=half(sketch),
     )
 
 
@@ -231,6 +235,7 @@ class GpuAttention:
             k_mean=constants.k_mean,
             clip_k=constants.clip_k,
             clip_v=constants.clip_v,
+            sketch=constants.sketch,
             window_cache=cache.window_cache,
             window_slots=None if windows is None else windows.slots(part),
             window_dtype=cache.window_dtype,
@@ -269,6 +274,7 @@ class GpuAttention:
             self.constants.v_unrotation,
             self.scale,
             out,
+            sketch=self.constants.sketch,
             cache_out=None if cache_out is None else cache_out[: part.num_tokens],
             workspace=scratch["workspace"],
         )
@@ -315,6 +321,7 @@ class GpuAttention:
                     window_dtype=cache.window_dtype,
                     sink_tokens=cache.sink_tokens,
                     recent_tokens=cache.recent_tokens,
+                    sketch=self.constants.sketch,
                 )
                 target = history_out if history_lse is None else tile_out
                 tile_lse = flash.history(

@@ -50,7 +50,7 @@ def warm_up(attention: GpuAttention, layout: PageLayout, window_block: int | Non
     for new, history, max_seq_len in _steps(attention, layout.page_tokens, max_model_len):
         run_step(attention, layout, window_block, max_model_len, new, history, max_seq_len)
     torch.cuda.synchronize(attention.device)
-    logger.info("kernels over 2-bit pages are compiled and loaded: %.1f s", time.perf_counter() - started)
+    logger.info("kernels over pages are compiled and loaded: %.1f s", time.perf_counter() - started)
 
 
 def _steps(attention: GpuAttention, page_tokens: int, max_model_len: int) -> Iterator[tuple[list[int], list[int], int]]:

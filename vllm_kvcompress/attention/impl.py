@@ -19,19 +19,19 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_kvcompress import rotations
 from vllm_kvcompress.attention.backend import KVCompressMetadata
-from vllm_kvcompress.attention.gpu_metadata import GpuMetadata
+from vllm_kvcompress.attention.gpu_metadata import GpuMetadata, StepPart
 from vllm_kvcompress.attention.plan import ReadGroup
 from vllm_kvcompress.attention.window_layer import WindowLayer, WindowMetadata
 from vllm_kvcompress.checks import kernel_case, kernel_path, resolve
 from vllm_kvcompress.errors import UnsupportedModelError
-from vllm_kvcompress.formats.base import PageLayout
+from vllm_kvcompress.formats.base import PageLayout, page_fields, sketch_matrix
 from vllm_kvcompress.kernels import torch_attention
 from vllm_kvcompress.kernels.selection import choose_decode
 from vllm_kvcompress.quantizers.hadamard import hadamard
 from vllm_kvcompress.quantizers.random_rotation import split_rotation
 
 if TYPE_CHECKING:
-    from vllm_kvcompress.attention.gpu import GpuAttention
+    from vllm_kvcompress.attention.gpu import GpuAttention, LayerConstants
 
 logger = logging.getLogger("vllm.kvcompress")
 
@@ -127,19 +127,17 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
 
     def _make_gpu_attention(self) -> None:
         # Imports Triton, which an engine on the torch path need not have.
-        from vllm_kvcompress.attention.gpu import GpuAttention, Limits, layer_constants
+        from vllm_kvcompress.attention.gpu import GpuAttention, Limits
         from vllm_kvcompress.attention.prefill import find_flash_attention
 
         config = self._vllm_config
         device = config.device_config.device
         assert isinstance(device, torch.device)
-        constants = layer_constants(
-            device, self.num_kv_heads, self._k_rotation, self._v_rotation, self._k_mean, self._clip_k, self._clip_v
-        )
-        self._k_rotation = self._v_rotation = self._k_mean = None  # the torch path's
         if self._gpu is not None:  # weights are loaded once more
-            self._gpu.constants.update(constants)
+            if self._k_rotation is not None:  # random ones are not made anew
+                self._gpu.constants.update(self._take_constants())
             return
+        constants = self._take_constants()
         case = kernel_case(config)
         kernel, why = choose_decode(self._resolved.kernels, device, case)
         flash = find_flash_attention(self.head_size, case.dtype)
@@ -173,7 +171,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             matrix = hadamard(self.head_size).to(device).expand(self.num_kv_heads, -1, -1)
             self._k_rotation = self._v_rotation = matrix
         if page_format.rotation == "random":
-            if self._k_rotation is None:  # never anew: pages may hold tokens rotated by it
+            if self._k_rotation is None and self._gpu is None:  # never anew: pages may hold tokens rotated by it
                 self._load_random_rotations(layer_index)
             return
         if self._resolved.rotation is None:
@@ -232,6 +230,48 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
                 f"{_ENOUGH_TOKENS} or more is a better sample"
             )
 
+    def _choose_outliers_on_gpu(
+        self, key: torch.Tensor, value: torch.Tensor, part: StepPart, pages: torch.Tensor, layout: PageLayout
+    ) -> None:
+        """The same by a step's prefills, unless all of it is padding: then the choice is left to a later step.
+
+        Waits for the device, at the first prompt only. Prompts of a single token are served as decodes, inside graphs,
+        where no Python runs: if such came first, the channels stay in their own order, or they would be misread.
+        """
+        assert self._gpu is not None
+        real = part.slot_mapping >= layout.page_tokens
+        if not bool(real.any()):
+            return
+        if bool(page_fields(pages, layout).keys.scales[0][1:].any()):  # vLLM allocates zeros
+            self._chooses_outliers = False
+            _say_once(
+                f"{self.kv_cache_dtype}: tokens were stored before a prompt of more than one token came; all channels "
+                "count alike, none as outliers"
+            )
+            return
+        self._choose_outliers(key[part.tokens][real], value[part.tokens][real])
+        self._gpu.constants.update(self._take_constants())
+
+    def _take_constants(self) -> LayerConstants:
+        """Rotations, mean and clips as the GPU kernels take them; the torch path's are let go."""
+        from vllm_kvcompress.attention.gpu import layer_constants
+
+        device = self._vllm_config.device_config.device
+        assert isinstance(device, torch.device)
+        signs = self._resolved.page_format.keys.signs
+        constants = layer_constants(
+            device,
+            self.num_kv_heads,
+            self._k_rotation,
+            self._v_rotation,
+            self._k_mean,
+            self._clip_k,
+            self._clip_v,
+            sketch_matrix(self.head_size) if signs else None,
+        )
+        self._k_rotation = self._v_rotation = self._k_mean = None
+        return constants
+
     def _own_kv_heads(self, total: int) -> list[int]:
         """Indices of this rank's KV heads; ranks beyond `total` hold replicas, as vLLM lays them out."""
         rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
@@ -275,6 +315,8 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         pages = kv_cache.view(torch.uint8).flatten(2)
         if isinstance(attn_metadata, GpuMetadata):
             assert self._gpu is not None
+            if self._chooses_outliers and attn_metadata.prefills is not None:
+                self._choose_outliers_on_gpu(key, value, attn_metadata.prefills, pages, layout)
             self._gpu.forward(query, key, value, pages, layout, window_cache, attn_metadata, windows, output)
             return output
         plan = attn_metadata.plan(windows)

@@ -34,17 +34,12 @@ _FORMATS: dict[str, PageFormat] = {
     )
 }
 
-__all__ = ["PageFormat", "PageLayout", "format_names", "get_format", "gpu_format_names", "is_ours"]
+__all__ = ["PageFormat", "PageLayout", "format_names", "get_format", "is_ours"]
 
 
 def format_names() -> tuple[str, ...]:
     """The names `--kv-cache-dtype` gains from this package."""
     return tuple(_FORMATS)
-
-
-def gpu_format_names() -> tuple[str, ...]:
-    """The formats that the Triton and CUDA kernels serve; the others run in torch on any device."""
-    return tuple(name for name, page_format in _FORMATS.items() if page_format.has_gpu_kernels)
 
 
 def is_ours(kv_cache_dtype: str | None) -> bool:

@@ -170,11 +170,6 @@ class PageFormat(BaseModel):
         """Whether outlier channels have a quantiser of their own: a calibration file may say which they are."""
         return len(self.keys.bits) > 1 or len(self.values.bits) > 1
 
-    @property
-    def has_gpu_kernels(self) -> bool:
-        """Whether the Triton and CUDA kernels read and write this format."""
-        return self.keys == self.values == TWO_BIT
-
     def layout(self, head_dim: int, page_tokens: int) -> PageLayout:
         """Layout arithmetic for one KV head.
 
@@ -318,7 +313,9 @@ def read_pages(pages: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, t
     fields = page_fields(pages, layout)
     keys = _read_rows(fields.keys, layout.keys)
     if fields.keys.signs is not None and fields.keys.sign_norms is not None:
-        keys += qjl.dequantize(fields.keys.signs, fields.keys.sign_norms, _sketch(layout.head_dim, pages.device))
+        keys += qjl.dequantize(
+            fields.keys.signs, fields.keys.sign_norms, sketch_matrix(layout.head_dim).to(pages.device)
+        )
     if fields.k_mean is not None:
         keys += fields.k_mean.float().unsqueeze(-2)
     return keys, _read_rows(fields.values, layout.values)
@@ -339,9 +336,9 @@ def _dequantize(quantizer: Quantizer, codes: torch.Tensor, stored: torch.Tensor,
     return lloyd_max.dequantize(codes, stored, bits)
 
 
-def _sketch(head_dim: int, device: torch.device) -> torch.Tensor:
+def sketch_matrix(head_dim: int) -> torch.Tensor:
     """S [D, D] float32. Orthogonal rows: as unbiased, and 2.75 times less variance (quantizers/qjl.py)."""
-    return qjl.sketch_matrix(head_dim, _SKETCH_SEED, orthogonal=True).to(device)
+    return qjl.sketch_matrix(head_dim, _SKETCH_SEED, orthogonal=True)
 
 
 def write_tokens(
@@ -385,6 +382,6 @@ def write_tokens(
                 read_back.append(_dequantize(rows.quantizer, codes, stored, part.bits))
         if field.signs is not None and field.sign_norms is not None:
             residual = x.float() - torch.cat(read_back, dim=-1)
-            signs, norms = qjl.sketch(residual, _sketch(layout.head_dim, x.device))
+            signs, norms = qjl.sketch(residual, sketch_matrix(layout.head_dim).to(x.device))
             field.signs[page, :, offset] = signs
             field.sign_norms[page, :, offset] = norms

@@ -2,8 +2,8 @@
 """Loads the CUDA extension (csrc/): `torch.ops.vllm_kvcompress.decode` and what belongs to it.
 
     decode(q, new_kv, pages, window_cache?, block_table, window_table?, query_start_loc, seq_lens, v_unrotation?,
-           out (written), workspace (written), max_query_len, head_dim, page_means, window_is_bf16, sink_tokens,
-           recent_tokens, scale) -> ()
+           out (written), workspace (written), max_query_len, head_dim, code, level_scale, level_bend,
+           more_level_scale, more_level_bend, page_means, window_is_bf16, sink_tokens, recent_tokens, scale) -> ()
     decode_workspace_elements(num_kv_heads, group, head_dim, max_num_reqs, max_query_len) -> int
     cuda_versions() -> (int, int)
 
@@ -17,12 +17,36 @@ from pathlib import Path
 
 import torch
 
+from vllm_kvcompress.formats.base import PageLayout
+from vllm_kvcompress.quantizers import lloyd_max
+
 LIBRARY = Path(__file__).resolve().parents[1] / "_C.so"
 MIN_TORCH = (2, 11)
 CAPABILITY = (9, 0)
 HEAD_DIMS = (64, 128, 256)
 
 _loaded = False
+
+
+@functools.cache
+def code_arguments(layout: PageLayout) -> tuple[int, float, float, float, float] | None:
+    """What `decode` takes as `code` (csrc/decode.h) and as levels of its parts; None if it does not read such pages."""
+    keys, values = layout.keys, layout.values
+    bits = tuple(part.bits for part in keys.parts)
+    sizes = {part.channels for part in keys.parts}
+    alike = keys.quantizer == values.quantizer and bits == tuple(part.bits for part in values.parts)
+    if not alike or keys.signs is not None or len(sizes) > 1:
+        return None
+    if keys.quantizer == "affine":
+        return 2, 0.0, 0.0, 0.0, 0.0
+    if layout.k_mean is None:
+        return None
+    if bits == (4,):
+        return 4, *lloyd_max.cubic(layout.head_dim, 4), 0.0, 0.0
+    if bits == (4, 3) and layout.head_dim in (128, 256):
+        half = layout.head_dim // 2
+        return 43, *lloyd_max.cubic(half, 4), *lloyd_max.cubic(half, 3)
+    return None
 
 
 @functools.cache

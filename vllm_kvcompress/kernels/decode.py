@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention over 2-bit pages and windows: one CUDA op, or Triton's `attend` and an un-rotation.
+"""Decode attention over pages and windows: one CUDA op, or Triton's `attend` and an un-rotation.
 
 Both take queries in cache space and leave the output un-rotated. Their reference is `kernels.reference`.
 """
@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from vllm_kvcompress.formats.base import PageLayout
+from vllm_kvcompress.kernels import cuda_ops
 from vllm_kvcompress.triton_kernels.attend import attend, workspace_elements
 from vllm_kvcompress.triton_kernels.rotate import rotate
 
@@ -62,6 +63,7 @@ def decode(
     scale: float,
     out: torch.Tensor,
     *,
+    sketch: torch.Tensor | None = None,
     cache_out: torch.Tensor | None,
     workspace: torch.Tensor,
 ) -> None:
@@ -73,10 +75,13 @@ def decode(
         new_kv: [>= T, H, 2 * D] window_dtype: the tokens' own K | V in cache space.
         v_unrotation: [H, D, D] float16, R_v^T; None: identity.
         out: [T, Hq, D] in the model's dtype, written, un-rotated.
+        sketch: S [D, D] float16, of formats with residual signs; Triton's.
         cache_out: [T, Hq, D] float16 scratch; Triton's, and only with an un-rotation.
         workspace: 1-D float32 of `decode_workspace_elements`.
     """
     if kernel == "cuda":
+        code = cuda_ops.code_arguments(cache.layout)
+        assert code is not None  # or Triton would have been chosen
         torch.ops.vllm_kvcompress.decode(
             q,
             new_kv,
@@ -91,6 +96,7 @@ def decode(
             workspace,
             rows.max_query_len,
             cache.layout.head_dim,
+            *code,
             cache.layout.k_mean is not None,
             cache.window_dtype == torch.bfloat16,
             cache.sink_tokens,
@@ -119,6 +125,7 @@ def decode(
         sink_tokens=cache.sink_tokens,
         recent_tokens=cache.recent_tokens,
         max_query_len=rows.max_query_len,
+        sketch=sketch,
         num_splits=_num_splits(q, heads, rows, workspace),
         workspace=workspace,
     )

@@ -11,7 +11,7 @@ import torch
 
 from vllm_kvcompress.config import KernelSetting
 from vllm_kvcompress.errors import UnsupportedModelError
-from vllm_kvcompress.formats.base import PAGE_TOKENS
+from vllm_kvcompress.formats.base import PAGE_TOKENS, PageFormat
 from vllm_kvcompress.kernels import cuda_ops
 
 MAX_DECODE_QUERY_LEN = 8
@@ -30,9 +30,7 @@ class Case:
     """query heads per KV head"""
     dtype: torch.dtype
     """the model's"""
-    page_format: str
-    has_gpu_kernels: bool
-    """of the page format"""
+    page_format: PageFormat
 
 
 def choose_path(
@@ -49,8 +47,6 @@ def choose_path(
     if setting == "torch":
         return "torch", "kernels=torch"
     reason = _no_triton(device_type, capability)
-    if reason is None and not case.has_gpu_kernels:
-        reason = f"no GPU kernel reads the pages of {case.page_format} yet"
     if setting == "auto":
         if device_type == "cpu":
             return "torch", "this engine runs on the CPU"
@@ -94,6 +90,8 @@ def no_cuda_op(case: Case) -> str | None:
         return f"it serves head sizes {', '.join(map(str, cuda_ops.HEAD_DIMS))}, this model has {case.head_dim}"
     if case.page_tokens != PAGE_TOKENS:
         return f"it serves pages of {PAGE_TOKENS} tokens, --block-size is {case.page_tokens}"
+    if cuda_ops.code_arguments(case.page_format.layout(case.head_dim, case.page_tokens)) is None:
+        return f"it does not read pages of {case.page_format.name} at head size {case.head_dim}"
     if case.group > _MAX_CUDA_GROUP:
         return f"it serves up to {_MAX_CUDA_GROUP} query heads per KV head, this model has {case.group}"
     if case.dtype.itemsize != 2:

@@ -1,4 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#include "decode_sm90.cuh"
-
-template cudaError_t vllm_kvcompress::sm90::launch_head_dim<256>(const DecodeParams&, int, cudaStream_t);
