@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which numbers belong to which context."""
 
+import argparse
+
 import pytest
 
 from vllm_kvcompress.errors import KVCompressError
+from vllm_kvcompress.evaluation import command
 from vllm_kvcompress.evaluation.plan import Plan, Sizes, pair_sizes
 from vllm_kvcompress.evaluation.prompts import Prompt
 from vllm_kvcompress.evaluation.recall import Probe
@@ -39,3 +42,23 @@ def test_text_is_fed_before_probes():
     text = [Prompt([1, 2, 3], 0, 2), Prompt([4, 5, 6], 0, 2)]
     probe = Probe(Prompt([7, 8, 9], 1, 2), 0, 1)
     assert Plan(3, text, [probe]).prompts == [*text, probe.prompt]
+
+
+def parsed(*arguments):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(["MODEL", "--data", "FILE", *arguments])
+
+
+def test_runs_of_different_formats_compare_past_the_same_windows():
+    def tokenizer(text, **_):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    args = parsed("--past-windows", "128,1024")
+    command._check_numbers(args)
+    plan = command._plan(Sizes(2048, 1, 0, 1), "a" * 5000, tokenizer, [(64, 256), tuple(args.past_windows)], args)
+    assert [prompt.start for prompt in plan.text] == [1152]
+    with pytest.raises(KVCompressError, match="--past-windows takes two numbers"):
+        command._check_numbers(parsed("--past-windows", "128"))
+    with pytest.raises(KVCompressError, match="--past-windows must be at least 0, got -1"):
+        command._check_numbers(parsed("--past-windows", "0,-1"))

@@ -74,6 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     windows = parser.add_argument_group("settings of this package's formats")
     windows.add_argument("--sinks", type=int, metavar="S", help="first tokens kept exact")
     windows.add_argument("--recent", type=int, metavar="R", help="last tokens kept exact")
+    past = (
+        "measure past windows of these sizes even if no format has such, so that runs of different formats compare "
+        "(default: the largest among the formats)"
+    )
+    windows.add_argument("--past-windows", type=_numbers, default=[0, 0], metavar="S,R", help=past)
     windows.add_argument("--rotation", metavar="FILE", help="rotation file (default: where the engine looks)")
     windows.add_argument("--additional-config", type=_json_object, default={}, metavar="JSON", help="as vLLM's")
     probe = parser.add_argument_group("verbatim-quote recall probe")
@@ -130,7 +135,8 @@ def run(args: argparse.Namespace) -> int:
         factor = stress.parse_stress(args.stress)
         specs = stress.stressed_specs(specs, args.model, args.rotation)
     windows = {spec.label: spec.windows(args.model) for spec in specs}
-    first_position = max(sinks + recent for sinks, recent in windows.values())
+    passed = [*windows.values(), tuple(args.past_windows)]
+    first_position = max(sinks + recent for sinks, recent in passed)
     if sizes[0].context - 1 - first_position < _MIN_SCORED:
         raise KVCompressError(
             f"--context {sizes[0].context} leaves too few positions past the windows of {first_position} tokens; raise "
@@ -146,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
         stressed = stress.plan_stress(args.model, factor, seed=args.seed, config=model_config)
         if stress.needs_calibration(specs) and not skipped.strip():
             raise KVCompressError("--stress calibrates on the text that --skip-fraction leaves out: raise it above 0")
-    plans = [_plan(one, source, tokenizer, list(windows.values()), args) for one in sizes]
+    plans = [_plan(one, source, tokenizer, passed, args) for one in sizes]
     prompts = [prompt for plan in plans for prompt in plan.prompts]
     notes = _notes(args, specs, windows)
     if stressed is not None and stress.needs_calibration(specs):
@@ -281,7 +287,10 @@ def _check_numbers(args: argparse.Namespace) -> None:
         "seed": 0,
         "kv_bytes": 1,
         "jobs": 1,
+        "past_windows": 0,
     }
+    if len(args.past_windows) != 2:
+        raise KVCompressError(f"--past-windows takes two numbers, sinks and recent tokens, got {args.past_windows}")
     for name, low in least.items():
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
