@@ -8,6 +8,7 @@ import torch
 
 from vllm_kvcompress.attention import impl
 from vllm_kvcompress.formats import get_format
+from vllm_kvcompress.formats.base import write_tokens
 
 HEADS, DIM = 2, 64
 
@@ -19,7 +20,8 @@ def layer(monkeypatch):
     made.head_size, made.num_kv_heads, made.kv_cache_dtype = DIM, HEADS, "turboquant-2.5"
     made._resolved = SimpleNamespace(page_format=get_format("turboquant-2.5"), rotation=None)
     made._vllm_config = SimpleNamespace(device_config=SimpleNamespace(device=torch.device("cpu")))
-    made._k_rotation = made._v_rotation = None
+    made._k_rotation = made._v_rotation = made._k_mean = made._gpu = None
+    made._clip_k = made._clip_v = 1.0
     made._chooses_outliers = False
     monkeypatch.setattr(impl, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(impl, "get_tensor_model_parallel_world_size", lambda: 1)
@@ -74,3 +76,48 @@ def test_a_file_that_does_not_say_leaves_it_to_the_first_prompt(layer, monkeypat
     layer._resolved.rotation = "file"
     layer._load_rotation(0)
     assert layer._chooses_outliers
+
+
+class Prefill:
+    """A step's prefills on the GPU path: `real` tokens after two of padding, over pages that nobody has written."""
+
+    def __init__(self, layer, real: int) -> None:
+        self.layer, self.settled = layer, []
+        layer._load_rotation(0)
+        layer._gpu = SimpleNamespace(constants=SimpleNamespace(update=self.settled.append))
+        self.layout = layer._resolved.page_format.layout(DIM, 128)
+        self.pages = torch.zeros(4, HEADS, self.layout.head_bytes, dtype=torch.uint8)
+        slots = torch.cat((torch.tensor([-1, 5]), 128 + torch.arange(real)))
+        self.part = SimpleNamespace(slot_mapping=slots, tokens=slice(3, 3 + len(slots)))  # decodes come first
+
+    def step(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        rest = torch.full((5, HEADS, DIM), torch.nan)
+        key, value = torch.cat((rest, key)), torch.cat((rest, value))
+        self.layer._choose_outliers_on_gpu(key, value, self.part, self.pages, self.layout)
+
+
+def test_first_prefill_decides_on_a_gpu(layer):
+    prefill = Prefill(layer, real=100)
+    (key, k_outliers), (value, v_outliers) = loud(100), loud(100)
+    prefill.step(key, value)
+    (constants,) = prefill.settled
+    assert outliers(constants.k_rotation.float()) == k_outliers
+    assert outliers(constants.v_unrotation.float().mT) == v_outliers
+    assert constants.sketch is None and not layer._chooses_outliers
+    layer._load_rotation(0)  # weights are loaded once more
+    assert layer._k_rotation is None and not layer._chooses_outliers
+
+
+def test_padding_decides_nothing_on_a_gpu(layer):
+    """As in vLLM's dry runs and captures: slots of -1 or in the null page."""
+    prefill = Prefill(layer, real=0)
+    prefill.step(*torch.randn(2, 0, HEADS, DIM))
+    assert layer._chooses_outliers and not prefill.settled
+
+
+def test_tokens_stored_before_any_prefill_stay_readable(layer):
+    """A first prompt of one token is a decode: what it stored must not be read with other rotations."""
+    prefill = Prefill(layer, real=100)
+    write_tokens(prefill.pages, prefill.layout, torch.tensor([300]), *torch.randn(2, 1, HEADS, DIM), None, None)
+    prefill.step(*torch.randn(2, 100, HEADS, DIM))
+    assert not layer._chooses_outliers and not prefill.settled
