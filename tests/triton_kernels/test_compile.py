@@ -55,6 +55,7 @@ def store(name, tokens, dim, dtype, window_dtype=torch.bfloat16, rotated=True, o
         window_dtype=window_dtype,
         new_kv=torch.empty(tokens, HEADS, 2 * dim, dtype=window_dtype) if optional else None,
         max_query_len=tokens if tokens > 256 else 1,
+        sketch=torch.empty(dim, dim, dtype=torch.float16) if layout.keys.signs is not None else None,
     )
 
 
