@@ -191,12 +191,13 @@ def _tile(tokens: int, layout: PageLayout) -> tuple[int, int, int]:
     """Tokens of a tile, warps of a program, bound on registers.
 
     Few tokens want many programs, many tokens want few reads of the rotation; the bound keeps 12 to 16 warps on a
-    multiprocessor at the price of a few spilled words.
+    multiprocessor at the price of a few spilled words. Codebooks and signs hold more beside a tile than fits in the
+    bound of the largest.
     """
     head_dim = layout.head_dim
     if tokens <= 256:
         return 16, 4, 255
-    if tokens <= 2048:
+    if tokens <= 2048 or not layout.is_two_bit:
         return 64 if head_dim <= 128 else 32, 4, 168
     return 128 if head_dim <= 128 else 64, 8, 128
 
@@ -205,9 +206,7 @@ def _check_sketch(layout: PageLayout, sketch: torch.Tensor | None) -> None:
     if (sketch is None) != (layout.keys.signs is None):
         raise ValueError("a sketch goes with layouts whose keys have signs, and only with them")
     expected = (layout.head_dim, layout.head_dim)
-    if sketch is not None and (
-        sketch.shape != expected or sketch.dtype != torch.float16 or not sketch.is_contiguous()
-    ):
+    if sketch is not None and (sketch.shape != expected or sketch.dtype != torch.float16 or not sketch.is_contiguous()):
         raise ValueError(
             f"sketches are contiguous float16 {list(expected)}, got {sketch.dtype} {list(sketch.shape)} with strides "
             f"{sketch.stride()}"
