@@ -478,7 +478,10 @@ def _sign_sum(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """[BLOCK_D] float32: sum over a page's first tokens of sign(S r) |r|, for one product with S (quantizers/qjl.py)."""
+    """[BLOCK_D] float32: sum over a page's first tokens of sign(S r) |r|, for one product with S (quantizers/qjl.py).
+
+    |r| is the norm of a token's residual r.
+    """
     lanes = tl.arange(0, BLOCK_D)
     sums = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     norm_ptr = (page_ptr + K_ROWS.sign_norms).to(tl.pointer_type(tl.float16))
@@ -799,13 +802,16 @@ def _store_signs(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """quantizers/qjl.py of residual [BLOCK_M, BLOCK_D] float32, 0 in lanes from D on, in fp16 operands and fp32 sums."""
+    """quantizers/qjl.py of residual [BLOCK_M, BLOCK_D] float32, which is 0 in lanes from D on.
+
+    Signs are those of products of fp16 operands, summed in float32.
+    """
     unit, norm = _split_norm(residual)
     norm_rows = (page_rows + ROWS.sign_norms).to(tl.pointer_type(tl.float16)) + offset
     tl.store(norm_rows, _saturated_half(norm), mask=stored)
     unit = unit.to(tl.float16)
     lanes = tl.arange(0, BLOCK_D)
-    BLOCK_S: tl.constexpr = min(BLOCK_D, 16384 // BLOCK_D)  # rows of S: 32 KiB, which every GPU has for them
+    BLOCK_S: tl.constexpr = min(BLOCK_D, 8192 // BLOCK_D)  # rows of S at a time, as many as registers hold
     for begin in tl.static_range(0, BLOCK_D, BLOCK_S):
         rows = begin + tl.arange(0, BLOCK_S)
         mask = (rows < D)[:, None] & (lanes < D)[None, :]
