@@ -57,13 +57,12 @@ class _Rows(NamedTuple):
 def _rows_constants(rows: RowLayout) -> _Rows:
     parts = []
     for part in rows.parts:
-        a, b, edges = 0.0, 0.0, ()
+        a, b = 0.0, 0.0
+        edges: tuple[float, ...] = ()
         if rows.quantizer == "lloyd-max":
             a, b = lloyd_max.cubic(part.channels, part.bits)
             edges = tuple(lloyd_max.boundaries(part.channels, part.bits)[2 ** (part.bits - 1) :].tolist())
-        parts.append(
-            _Part(part.first_channel, part.channels, part.bits, part.codes, part.scales, a, b, edges),
-        )
+        parts.append(_Part(part.first_channel, part.channels, part.bits, part.codes, part.scales, a, b, edges))
     return _Rows(rows.quantizer == "affine", tuple(parts), rows.signs, rows.sign_norms)
 
 
