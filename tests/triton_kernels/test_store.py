@@ -478,8 +478,8 @@ def test_without_rotation_codebooks_and_signs_are_the_torch_path_s(name, device)
         for index, part in enumerate(rows.parts):
             a, b = (packing.unpack_bits(f.codes[index][page, :, offset], part.bits) for f in (ours, torchs))
             # Float32 unit vectors, as check_codebook, differ by 2^-24 * (D / 2 + 8) < 2^-18 of an element, itself about
-            # 1 / sqrt(D), and of D elements a code takes 0.02 / sqrt(D) / sqrt(D) or more: one in 1000 is generous.
-            assert (a != b).double().mean() < 1e-3 and (a.int() - b.int()).abs().max() <= 1
+            # 1 / sqrt(D), and the narrowest code of 4 bits is 0.25 / sqrt(D) wide: one element in 2^15 is in doubt.
+            assert (a != b).sum() <= 1 + a.numel() * 2.0**-15 and (a.int() - b.int()).abs().max() <= 1
             equal = (a == b).all(-1)
             a, b = (f.scales[index][page, :, offset].double() for f in (ours, torchs))
             # Sums in another order: the neighbour of an fp16 number at most.
