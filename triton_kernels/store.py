@@ -1,20 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step's keys and values into cache space, the 2-bit pages, the 16-bit windows and the buffer of new tokens.
+"""A step's keys and values into cache space, the pages, the 16-bit windows and the buffer of new tokens.
 
 Two launches: the mean keys of pages begun in the step (formats that centre by page), then everything else. The torch
-reference is `kernels.torch_attention.store`, the quantiser `quantizers.affine`, step by step.
+reference is `kernels.torch_attention.store`; the quantisers are `quantizers.affine`, `quantizers.lloyd_max` and, of
+what their codes leave over, `quantizers.qjl`, step by step.
 """
 
 from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_kvcompress.attention.plan import MIN_TOKENS_FOR_OWN_MEAN
-from vllm_kvcompress.formats.base import PageLayout
+from vllm_kvcompress.formats.base import PageLayout, RowLayout
+from vllm_kvcompress.quantizers import lloyd_max
 from vllm_kvcompress.triton_kernels import _common
 from vllm_kvcompress.triton_kernels._common import FP16_MAX, cast, rotated_rows
+
+_FP32_SMALLEST = tl.constexpr(2.0**-126)
+"""Normal number, whose reciprocal is finite."""
+_SIGN_MEAN = tl.constexpr(math.sqrt(math.pi / 2))
+"""1 / E[(s . q) sign(s . r)] of unit q = r (quantizers/qjl.py)."""
+
+
+class _Part(NamedTuple):
+    """`formats.base.Part` as a compile-time argument, with the codebook of its quantiser."""
+
+    first_channel: int
+    channels: int
+    bits: int
+    codes: int
+    scales: int
+    a: float
+    """Lloyd-Max levels are a * t * (1 + b * t^2), t = code - (2**bits - 1) / 2."""
+    b: float
+    edges: tuple[float, ...]
+    """Lloyd-Max: the 2**(bits - 1) - 1 positive boundaries. Passed, as `a` and `b` are, so that compiled kernels
+    are kept apart when the codebook changes."""
+
+
+class _Rows(NamedTuple):
+    """`formats.base.RowLayout` as a compile-time argument."""
+
+    affine: bool
+    parts: tuple[_Part, ...]
+    signs: int | None
+    sign_norms: int | None
+
+
+@functools.cache
+def _rows_constants(rows: RowLayout) -> _Rows:
+    parts = []
+    for part in rows.parts:
+        a, b = 0.0, 0.0
+        edges: tuple[float, ...] = ()
+        if rows.quantizer == "lloyd-max":
+            a, b = lloyd_max.cubic(part.channels, part.bits)
+            edges = tuple(lloyd_max.boundaries(part.channels, part.bits)[2 ** (part.bits - 1) :].tolist())
+        parts.append(_Part(part.first_channel, part.channels, part.bits, part.codes, part.scales, a, b, edges))
+    return _Rows(rows.quantizer == "affine", tuple(parts), rows.signs, rows.sign_norms)
 
 
 def store(
@@ -37,6 +86,7 @@ def store(
     window_dtype: torch.dtype,
     new_kv: torch.Tensor | None,
     max_query_len: int,
+    sketch: torch.Tensor | None = None,
 ) -> None:
     """Rotate, quantise and write a step's tokens. Never waits for the device.
 
@@ -51,17 +101,19 @@ def store(
         seq_lens: [R] int32: history plus the step's tokens. block_table: [R, max_pages] int32, 0 = null page.
         k_rotation, v_rotation: [H, D, D] float16, contiguous, or None for the identity.
         k_mean: [H, D] float32 static mean key, contiguous, or None.
-        clip_k, clip_v: [H] float32 shares of the range (quantizers/affine.py).
+        clip_k, clip_v: [H] float32 shares of the range (quantizers/affine.py); Lloyd-Max codes have none.
         window_cache: [num_blocks, H, block, 4 * D] uint8, each block contiguous, or None; window_slots: [T] int64. Rows
             are K then V in `window_dtype`, bfloat16 or float16 (then saturated), keys not centred on the page.
         new_kv: [N, H, 2 * D] `window_dtype`, contiguous, or None: rows below N get the same K then V.
         max_query_len: most new tokens of a request, or more.
+        sketch: S [D, D] float16, contiguous, of layouts whose keys have signs (quantizers/qjl.py), else None.
 
     Raises:
-        ValueError: shapes or strides do not fit.
+        ValueError: shapes, dtypes or strides do not fit, or a sketch is missing or of no use.
     """
     tokens, heads, head_dim = key.shape
     _check(pages, layout, key, value, slot_mapping, window_cache, window_slots, window_dtype, new_kv)
+    _check_sketch(layout, sketch)
     _common.check_rotation(k_rotation, heads, head_dim)
     _common.check_rotation(v_rotation, heads, head_dim)
     requests = seq_lens.shape[0]
@@ -71,8 +123,7 @@ def store(
         "D": head_dim,
         "PAGE_TOKENS": layout.page_tokens,
         "HEAD_BYTES": layout.head_bytes,
-        "K_CODES": layout.k_codes,
-        "K_SCALES": layout.k_scales,
+        "K_ROWS": _rows_constants(layout.keys),
         "K_MEAN": layout.k_mean,
         "BLOCK_D": triton.next_power_of_2(head_dim),
     }
@@ -92,6 +143,7 @@ def store(
             block_table.stride(0),
             k_rotation,
             k_mean,
+            sketch,
             requests,
             SEARCH=search,
             MIN_OWN=min(MIN_TOKENS_FOR_OWN_MEAN, layout.page_tokens),
@@ -101,7 +153,7 @@ def store(
             **shape,
             num_warps=4,
         )
-    block_m, warps, registers = _tile(tokens, head_dim)
+    block_m, warps, registers = _tile(tokens, layout)
     window = None if window_cache is None else window_cache.view(window_dtype)
     _store_kernel[(heads, triton.cdiv(tokens, block_m), 2)](
         pages,
@@ -118,14 +170,14 @@ def store(
         k_mean,
         clip_k,
         clip_v,
+        sketch,
         window,
         0 if window is None else window.stride(0),
         window_slots,
         new_kv,
         tokens,
         0 if new_kv is None else min(tokens, new_kv.shape[0]),
-        V_CODES=layout.v_codes,
-        V_SCALES=layout.v_scales,
+        V_ROWS=_rows_constants(layout.values),
         WINDOW_BLOCK=1 if window_cache is None else window_cache.shape[2],
         BLOCK_M=block_m,
         **shape,
@@ -134,17 +186,30 @@ def store(
     )
 
 
-def _tile(tokens: int, head_dim: int) -> tuple[int, int, int]:
+def _tile(tokens: int, layout: PageLayout) -> tuple[int, int, int]:
     """Tokens of a tile, warps of a program, bound on registers.
 
     Few tokens want many programs, many tokens want few reads of the rotation; the bound keeps 12 to 16 warps on a
-    multiprocessor at the price of a few spilled words.
+    multiprocessor at the price of a few spilled words. Codebooks and signs hold more beside a tile than fits in the
+    bound of the largest.
     """
+    head_dim = layout.head_dim
     if tokens <= 256:
         return 16, 4, 255
-    if tokens <= 2048:
+    if tokens <= 2048 or not layout.is_two_bit:
         return 64 if head_dim <= 128 else 32, 4, 168
     return 128 if head_dim <= 128 else 64, 8, 128
+
+
+def _check_sketch(layout: PageLayout, sketch: torch.Tensor | None) -> None:
+    if (sketch is None) != (layout.keys.signs is None):
+        raise ValueError("a sketch goes with layouts whose keys have signs, and only with them")
+    expected = (layout.head_dim, layout.head_dim)
+    if sketch is not None and (sketch.shape != expected or sketch.dtype != torch.float16 or not sketch.is_contiguous()):
+        raise ValueError(
+            f"sketches are contiguous float16 {list(expected)}, got {sketch.dtype} {list(sketch.shape)} with strides "
+            f"{sketch.stride()}"
+        )
 
 
 def _check(
@@ -199,6 +264,7 @@ def _means_kernel(
     table_stride,
     rotation_ptr,
     centre_ptr,
+    sketch_ptr,
     num_requests,
     SEARCH: tl.constexpr,
     MIN_OWN: tl.constexpr,
@@ -208,8 +274,7 @@ def _means_kernel(
     D: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     HEAD_BYTES: tl.constexpr,
-    K_CODES: tl.constexpr,
-    K_SCALES: tl.constexpr,
+    K_ROWS: tl.constexpr,
     K_MEAN: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -277,6 +342,10 @@ def _means_kernel(
     out_ptr = pages_ptr + (slot // PAGE_TOKENS) * page_stride + head_offset + K_MEAN
     previous_ptr = pages_ptr + previous * page_stride + head_offset
     rows = tl.arange(0, BLOCK_D)
+    if sketch_ptr is not None:
+        signs = tl.zeros([BLOCK_D], dtype=tl.float32)
+        if old > 0:
+            signs = _sign_sum(previous_ptr, old, D, K_ROWS, BLOCK_T, BLOCK_D)
     BLOCK: tl.constexpr = BLOCK_D if rotation_ptr is None else BLOCK_N
     for begin in tl.static_range(0, BLOCK_D, BLOCK):
         lanes = begin + tl.arange(0, BLOCK)
@@ -289,7 +358,11 @@ def _means_kernel(
             rotation = tl.load(rotation_ptr + rows[:, None] * D + lanes[None, :], mask=mask, other=0.0)
             mean = tl.sum(total[:, None] * rotation.to(tl.float32), axis=0)
         if old > 0:
-            mean += _read_back_sum(previous_ptr, old, lanes, D, K_CODES, K_SCALES, K_MEAN, BLOCK_T, BLOCK)
+            mean += _read_back_sum(previous_ptr, old, lanes, D, K_ROWS, K_MEAN, BLOCK_T, BLOCK)
+            if sketch_ptr is not None:
+                mask = (rows < D)[:, None] & in_head[None, :]
+                sketch = tl.load(sketch_ptr + rows[:, None] * D + lanes[None, :], mask=mask, other=0.0)
+                mean += (_SIGN_MEAN / D) * tl.sum(signs[:, None] * sketch.to(tl.float32), axis=0)
         mean = tl.clamp(mean / count, -FP16_MAX, FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
         tl.store(out_ptr.to(tl.pointer_type(tl.float16)) + lanes, mean.to(tl.float16), mask=in_head)
 
@@ -341,28 +414,84 @@ def _read_back_sum(
     length,
     lanes,
     D: tl.constexpr,
-    K_CODES: tl.constexpr,
-    K_SCALES: tl.constexpr,
+    K_ROWS: tl.constexpr,
     K_MEAN: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """[BLOCK_N] float32: sum over a page's first tokens of their dequantised keys, channels `lanes` of one head."""
+    """[BLOCK_N] float32: sum over a page's first tokens of their dequantised keys, channels `lanes` of one head.
+
+    Without what signs add: `_sign_sum`.
+    """
     in_head = lanes < D
     sums = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
-    scale_ptr = (page_ptr + K_SCALES).to(tl.pointer_type(tl.float16))
     for begin in range(0, length, BLOCK_T):
         tokens = begin + tl.arange(0, BLOCK_T)
-        inside = tokens < length
-        mask = inside[:, None] & in_head[None, :]
-        packed = tl.load(page_ptr + K_CODES + tokens[:, None] * (D // 4) + lanes[None, :] // 4, mask=mask, other=0)
-        codes = ((packed.to(tl.int32) >> (2 * (lanes % 4))[None, :]) & 3).to(tl.float32)
-        scale = tl.load(scale_ptr + 2 * tokens, mask=inside, other=0.0).to(tl.float32)
-        zero = tl.load(scale_ptr + 2 * tokens + 1, mask=inside, other=0.0).to(tl.float32)
-        sums += codes * scale[:, None] + zero[:, None]
+        for index in tl.static_range(len(K_ROWS.parts)):
+            sums += _read_back_part(page_ptr, tokens, tokens < length, lanes, K_ROWS, index)
     mean_ptr = (page_ptr + K_MEAN).to(tl.pointer_type(tl.float16))
     mean = tl.load(mean_ptr + lanes, mask=in_head, other=0.0).to(tl.float32)
     return tl.sum(sums, axis=0) + length * mean
+
+
+@triton.jit
+def _read_back_part(page_ptr, tokens, inside, lanes, K_ROWS: tl.constexpr, INDEX: tl.constexpr):
+    """[T, N] float32: what the codes of one part say of channels `lanes` [N] of tokens [T]; 0 in other parts' lanes and
+    in tokens that are not `inside`."""
+    PART: tl.constexpr = K_ROWS.parts[INDEX]
+    channels = lanes - PART.first_channel
+    mask = inside[:, None] & ((channels >= 0) & (channels < PART.channels))[None, :]
+    code_rows = page_ptr + PART.codes + tokens * (PART.channels * PART.bits // 8)
+    scale_ptr = (page_ptr + PART.scales).to(tl.pointer_type(tl.float16))
+    if PART.bits == 3:
+        codes = _codes_at(code_rows, channels, mask, 2)
+        codes |= _codes_at(code_rows + PART.channels // 4, channels, mask, 1) << 2
+    else:
+        codes = _codes_at(code_rows, channels, mask, PART.bits)
+    codes = codes.to(tl.float32)
+    if K_ROWS.affine:
+        scale = tl.load(scale_ptr + 2 * tokens, mask=inside, other=0.0).to(tl.float32)
+        zero = tl.load(scale_ptr + 2 * tokens + 1, mask=inside, other=0.0).to(tl.float32)
+        found = codes * scale[:, None] + zero[:, None]
+    else:
+        t = codes - (2**PART.bits - 1) * 0.5
+        norm = tl.load(scale_ptr + tokens, mask=inside, other=0.0).to(tl.float32) * PART.a
+        found = tl.where(mask, t * (1.0 + PART.b * t * t) * norm[:, None], 0.0)
+    return found
+
+
+@triton.jit
+def _codes_at(code_rows, channels, mask, BITS: tl.constexpr):
+    """[T, N] int32: codes of 1, 2 or 4 bits of rows that begin at code_rows [T], at channels [N]."""
+    PER_BYTE: tl.constexpr = 8 // BITS
+    packed = tl.load(code_rows[:, None] + (channels // PER_BYTE)[None, :], mask=mask, other=0)
+    return (packed.to(tl.int32) >> (BITS * (channels % PER_BYTE))[None, :]) & (2**BITS - 1)
+
+
+@triton.jit
+def _sign_sum(
+    page_ptr,
+    length,
+    D: tl.constexpr,
+    K_ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """[BLOCK_D] float32: sum over a page's first tokens of sign(S r) |r|, for one product with S (quantizers/qjl.py).
+
+    |r| is the norm of a token's residual r.
+    """
+    lanes = tl.arange(0, BLOCK_D)
+    sums = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
+    norm_ptr = (page_ptr + K_ROWS.sign_norms).to(tl.pointer_type(tl.float16))
+    for begin in range(0, length, BLOCK_T):
+        tokens = begin + tl.arange(0, BLOCK_T)
+        inside = tokens < length
+        mask = inside[:, None] & (lanes < D)[None, :]
+        signs = _codes_at(page_ptr + K_ROWS.signs + tokens * (D // 8), lanes, mask, 1).to(tl.float32) * 2.0 - 1.0
+        norm = tl.load(norm_ptr + tokens, mask=inside, other=0.0).to(tl.float32)
+        sums += signs * norm[:, None]
+    return tl.sum(sums, axis=0)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_new"])
@@ -381,6 +510,7 @@ def _store_kernel(
     k_mean_ptr,
     clip_k_ptr,
     clip_v_ptr,
+    sketch_ptr,
     window_ptr,
     window_stride,
     window_slot_ptr,
@@ -390,11 +520,9 @@ def _store_kernel(
     D: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     HEAD_BYTES: tl.constexpr,
-    K_CODES: tl.constexpr,
-    K_SCALES: tl.constexpr,
+    K_ROWS: tl.constexpr,
     K_MEAN: tl.constexpr,
-    V_CODES: tl.constexpr,
-    V_SCALES: tl.constexpr,
+    V_ROWS: tl.constexpr,
     WINDOW_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -422,6 +550,7 @@ def _store_kernel(
             k_mean_ptr,
             k_rotation_ptr,
             clip_k_ptr,
+            sketch_ptr,
             window_ptr,
             window_stride,
             new_kv_ptr,
@@ -436,8 +565,7 @@ def _store_kernel(
             D,
             PAGE_TOKENS,
             HEAD_BYTES,
-            K_CODES,
-            K_SCALES,
+            K_ROWS,
             K_MEAN,
             WINDOW_BLOCK,
             BLOCK_M,
@@ -453,6 +581,7 @@ def _store_kernel(
             None,
             v_rotation_ptr,
             clip_v_ptr,
+            None,
             window_ptr,
             window_stride,
             new_kv_ptr,
@@ -467,8 +596,7 @@ def _store_kernel(
             D,
             PAGE_TOKENS,
             HEAD_BYTES,
-            V_CODES,
-            V_SCALES,
+            V_ROWS,
             None,
             WINDOW_BLOCK,
             BLOCK_M,
@@ -486,6 +614,7 @@ def _store_tile(
     centre_ptr,
     rotation_ptr,
     clip_ptr,
+    sketch_ptr,
     window_ptr,
     window_stride,
     new_kv_ptr,
@@ -500,8 +629,7 @@ def _store_tile(
     D: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     HEAD_BYTES: tl.constexpr,
-    CODES: tl.constexpr,
-    SCALES: tl.constexpr,
+    ROWS: tl.constexpr,
     MEAN: tl.constexpr,
     WINDOW_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -540,23 +668,191 @@ def _store_tile(
             tl.store(new_rows[:, None] + lanes[None, :], cast(x, new_dtype), mask=mask)
     if MEAN is not None:
         x -= mean.to(tl.float32)
-    packed, scale, zero = _quantise(x, in_head, tl.load(clip_ptr + head), D, BLOCK_M, BLOCK_D)
-    places = tl.arange(0, BLOCK_D // 4)[None, :]
-    code_rows = page_rows + CODES + offset * (D // 4)
-    tl.store(code_rows[:, None] + places, packed, mask=stored[:, None] & (places < D // 4))
-    # Scale and zero as one word, low half first.
-    low = scale.to(tl.uint16, bitcast=True).to(tl.uint32)
-    high = zero.to(tl.uint16, bitcast=True).to(tl.uint32)
-    scale_rows = (page_rows + SCALES).to(tl.pointer_type(tl.uint32)) + offset
-    tl.store(scale_rows, low | (high << 16), mask=stored)
+    if ROWS.affine:
+        PART: tl.constexpr = ROWS.parts[0]
+        packed, codes, scale, zero = _quantise(x, in_head, tl.load(clip_ptr + head), D, BLOCK_M, BLOCK_D)
+        places = tl.arange(0, BLOCK_D // 4)[None, :]
+        code_rows = page_rows + PART.codes + offset * (D // 4)
+        tl.store(code_rows[:, None] + places, packed, mask=stored[:, None] & (places < D // 4))
+        # Scale and zero as one word, low half first.
+        low = scale.to(tl.uint16, bitcast=True).to(tl.uint32)
+        high = zero.to(tl.uint16, bitcast=True).to(tl.uint32)
+        scale_rows = (page_rows + PART.scales).to(tl.pointer_type(tl.uint32)) + offset
+        tl.store(scale_rows, low | (high << 16), mask=stored)
+        if sketch_ptr is not None:
+            read_back = codes.to(tl.float32) * scale.to(tl.float32)[:, None] + zero.to(tl.float32)[:, None]
+            residual = tl.where(in_head, x - read_back, 0.0)
+    else:
+        residual = _store_lloyd_max(x, page_rows, offset, stored, ROWS, BLOCK_M, BLOCK_D)
+    if sketch_ptr is not None:
+        _store_signs(residual, sketch_ptr, page_rows, offset, stored, D, ROWS, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def _store_lloyd_max(x, page_rows, offset, stored, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """quantizers/lloyd_max.py of rows of x [BLOCK_M, BLOCK_D] float32, each part of the channels for itself.
+
+    Parts are lanes of the whole tile, not tiles of their own: an accumulator cannot be cut, and the compiler knows the
+    lanes of a register up to their last bits, so that what lies outside of a part costs little.
+
+    Returns:
+        [BLOCK_M, BLOCK_D] float32: what the codes leave over, 0 outside of all parts; of use if the rows have signs.
+    """
+    codes = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.int32)
+    residual = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for index in tl.static_range(len(ROWS.parts)):
+        in_part, part_codes, norm, part_residual = _quantise_part(x, ROWS, index, BLOCK_M, BLOCK_D)
+        codes = tl.where(in_part, part_codes, codes)
+        residual = tl.where(in_part, part_residual, residual)
+        norm_rows = (page_rows + ROWS.parts[index].scales).to(tl.pointer_type(tl.float16))
+        tl.store(norm_rows + offset, norm, mask=stored)
+    for index in tl.static_range(len(ROWS.parts)):
+        _store_part(codes, page_rows, offset, stored, ROWS, index, BLOCK_M, BLOCK_D)
+    return residual
+
+
+@triton.jit
+def _quantise_part(x, ROWS: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One part of the channels of rows of x [BLOCK_M, BLOCK_D] float32.
+
+    Returns:
+        which lanes are the part's [1, BLOCK_D]; there alone codes [BLOCK_M, BLOCK_D] int32; stored norm [BLOCK_M] fp16;
+        there alone what the codes leave over [BLOCK_M, BLOCK_D] float32.
+    """
+    PART: tl.constexpr = ROWS.parts[INDEX]
+    LEVELS: tl.constexpr = 2 ** (PART.bits - 1)  # that are positive
+    lanes = tl.arange(0, BLOCK_D)
+    in_part = ((lanes >= PART.first_channel) & (lanes < PART.first_channel + PART.channels))[None, :]
+    unit, norm = _split_norm(tl.where(in_part, x, 0.0))
+    size = tl.abs(unit)
+    above = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.int32)
+    for edge in tl.static_range(LEVELS - 1):
+        above += (size > PART.edges[edge]).to(tl.int32)
+    codes = tl.where(unit > 0, LEVELS + above, LEVELS - 1 - above)
+    # Magnitudes of the levels, divided by a.
+    t = above.to(tl.float32) + 0.5
+    level = t * (1.0 + PART.b * t * t)
+    if ROWS.signs is None:
+        # So that the row read back has the norm of x. Signs correct the codes' bias themselves.
+        length = tl.sqrt_rn(tl.sum(tl.where(in_part, level * level, 0.0), axis=1))
+        norm = tl.div_rn(norm, length * PART.a)
+    norm = _saturated_half(norm)
+    read_back = tl.where(unit > 0, level, -level) * (norm.to(tl.float32) * PART.a)[:, None]
+    return in_part, codes, norm, x - read_back
+
+
+@triton.jit
+def _store_part(
+    codes,
+    page_rows,
+    offset,
+    stored,
+    ROWS: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Codes [BLOCK_M, BLOCK_D] int32 of one part to their bytes."""
+    PART: tl.constexpr = ROWS.parts[INDEX]
+    FIRST: tl.constexpr = PART.first_channel
+    CHANNELS: tl.constexpr = PART.channels
+    code_rows = page_rows + PART.codes + offset * (CHANNELS * PART.bits // 8)
+    if PART.bits == 3:
+        _store_packed(codes & 3, code_rows, stored, FIRST, CHANNELS, 2, BLOCK_M, BLOCK_D)
+        _store_packed(codes >> 2, code_rows + CHANNELS // 4, stored, FIRST, CHANNELS, 1, BLOCK_M, BLOCK_D)
+    elif PART.bits == 2:
+        # Masked like the low bits of 3: with both widths in a row, one packing serves both.
+        _store_packed(codes & 3, code_rows, stored, FIRST, CHANNELS, 2, BLOCK_M, BLOCK_D)
+    else:
+        _store_packed(codes, code_rows, stored, FIRST, CHANNELS, PART.bits, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def _split_norm(x):
+    """lloyd_max.split_norm of rows of x [M, N] float32.
+
+    Rows of which all is subnormal lose precision, not more: their norm is 0 in fp16.
+
+    Returns:
+        x / |x| [M, N], |x| [M], float32.
+    """
+    peak = tl.max(tl.abs(x), axis=1)
+    # An infinite peak has the reciprocal 0, which makes NaN of it, as subtracting does.
+    scaled = x * tl.div_rn(1.0, tl.maximum(peak, _FP32_SMALLEST))[:, None]
+    length = tl.sqrt_rn(tl.sum(scaled * scaled, axis=1))
+    return scaled * tl.div_rn(1.0, tl.where(length == 0, 1.0, length))[:, None], length * peak
+
+
+@triton.jit
+def _saturated_half(norm):
+    """float32 >= 0 or NaN -> fp16, as lloyd_max.saturated_half."""
+    return tl.minimum(norm, FP16_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+
+
+@triton.jit
+def _store_signs(
+    residual,
+    sketch_ptr,
+    page_rows,
+    offset,
+    stored,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """quantizers/qjl.py of residual [BLOCK_M, BLOCK_D] float32, which is 0 in lanes from D on.
+
+    Signs are those of products of fp16 operands, summed in float32.
+    """
+    unit, norm = _split_norm(residual)
+    norm_rows = (page_rows + ROWS.sign_norms).to(tl.pointer_type(tl.float16)) + offset
+    tl.store(norm_rows, _saturated_half(norm), mask=stored)
+    unit = unit.to(tl.float16)
+    lanes = tl.arange(0, BLOCK_D)
+    BLOCK_S: tl.constexpr = min(BLOCK_D, 8192 // BLOCK_D)  # rows of S at a time, as many as registers hold
+    for begin in tl.static_range(0, BLOCK_D, BLOCK_S):
+        rows = begin + tl.arange(0, BLOCK_S)
+        mask = (rows < D)[:, None] & (lanes < D)[None, :]
+        sketch = tl.load(sketch_ptr + rows[:, None] * D + lanes[None, :], mask=mask, other=0.0)
+        signs = (tl.dot(unit, tl.trans(sketch)) >= 0).to(tl.int32)
+        sign_rows = page_rows + ROWS.signs + offset * (D // 8) + begin // 8
+        _store_packed(signs, sign_rows, stored, 0, D - begin, 1, BLOCK_M, BLOCK_S)
+
+
+@triton.jit
+def _store_packed(
+    codes,
+    code_rows,
+    stored,
+    FIRST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Pack lanes FIRST <= lane < FIRST + CHANNELS, whole bytes, of codes [BLOCK_M, BLOCK_N] int32 as packing.pack_bits.
+
+    Args:
+        code_rows: [BLOCK_M] pointers to where the bytes of each row begin; not written where `stored` is false.
+        BITS: 1, 2 or 4. Codes of other lanes may be of any width.
+    """
+    PER_BYTE: tl.constexpr = 8 // BITS
+    weights = 1 << (BITS * tl.arange(0, PER_BYTE))
+    runs = tl.reshape(codes, [BLOCK_M, BLOCK_N // PER_BYTE, PER_BYTE])
+    packed = tl.sum(runs * weights[None, None, :], axis=2).to(tl.uint8)
+    places = tl.arange(0, BLOCK_N // PER_BYTE)[None, :] - FIRST // PER_BYTE
+    inside = (places >= 0) & (places < CHANNELS // PER_BYTE)
+    tl.store(code_rows[:, None] + places, packed, mask=stored[:, None] & inside)
 
 
 @triton.jit
 def _quantise(x, in_head, clip, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """quantizers/affine.py for rows of x [BLOCK_M, BLOCK_D] float32, of which the first D lanes count; packed.
+    """quantizers/affine.py for rows of x [BLOCK_M, BLOCK_D] float32, of which the first D lanes count.
 
     Returns:
-        codes [BLOCK_M, BLOCK_D / 4] uint8, scale and zero [BLOCK_M] fp16.
+        codes packed [BLOCK_M, BLOCK_D / 4] uint8 and as they are [BLOCK_M, BLOCK_D] int32, scale and zero [BLOCK_M]
+        fp16.
     """
     x = tl.clamp(x, -FP16_MAX, FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
     if BLOCK_D == D:
@@ -584,4 +880,4 @@ def _quantise(x, in_head, clip, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D:
     broken = mean != mean
     scale = tl.where(broken, mean, step).to(tl.float16)
     zero = tl.where(broken, mean, zero).to(tl.float16)
-    return quads.to(tl.uint8), scale, zero
+    return quads.to(tl.uint8), codes, scale, zero

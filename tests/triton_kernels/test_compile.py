@@ -55,6 +55,7 @@ def store(name, tokens, dim, dtype, window_dtype=torch.bfloat16, rotated=True, o
         window_dtype=window_dtype,
         new_kv=torch.empty(tokens, HEADS, 2 * dim, dtype=window_dtype) if optional else None,
         max_query_len=tokens if tokens > 256 else 1,
+        sketch=torch.empty(dim, dim, dtype=torch.float16) if layout.keys.signs is not None else None,
     )
 
 
@@ -128,6 +129,12 @@ ROWS = {
         lambda: store("hadamard-int2", 1024, 96, torch.float16, torch.float16, optional=False),
         lambda: store("oscar-int2-static", 8192, 256, torch.float32),
         lambda: store("int2", 1024, 64, torch.bfloat16, rotated=False),
+        lambda: store("turboquant-4", 32, 64, torch.bfloat16),
+        lambda: store("turboquant-3.5", 1024, 128, torch.bfloat16),
+        lambda: store("turboquant-2.5-qjl", 1024, 96, torch.float16, torch.float16),
+        lambda: store("turboquant-2.5-qjl", 1024, 256, torch.bfloat16),
+        lambda: store("oscar-int2-qjl", 32, 256, torch.float32),
+        lambda: store("oscar-int2-qjl", 8192, 128, torch.bfloat16),
     ],
     "attend": [
         lambda: attend("oscar-int2", 128, 1, num_splits=4),

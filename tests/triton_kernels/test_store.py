@@ -3,9 +3,11 @@
 
 What the kernels may do differently from exact arithmetic on the same fp16 operands: a rotated element is off by at most
 `Step.slack` (float32 sums of D products). A code may then differ only where an element lies that close to the boundary
-of two codes; scale and zero only by the same and their fp16 rounding.
+of two codes; scale and zero, or the norm, only by the same and their fp16 rounding; a sign only where the product with
+the row of S is as close to zero.
 """
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -15,12 +17,15 @@ from vllm_kvcompress.attention.plan import MIN_TOKENS_FOR_OWN_MEAN, make_plan
 from vllm_kvcompress.formats import get_format, gpu_format_names
 from vllm_kvcompress.formats.base import SUPPORTED_HEAD_DIMS, page_fields, write_tokens
 from vllm_kvcompress.kernels import torch_attention
-from vllm_kvcompress.quantizers import packing
+from vllm_kvcompress.quantizers import lloyd_max, packing, qjl
 from vllm_kvcompress.triton_kernels.store import store
 
 BLOCK = 16
 FP16_MAX = 65504.0
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+CODEBOOK_FORMATS = ["turboquant-4", "turboquant-3.5", "turboquant-3.5-qjl", "turboquant-2.5", "turboquant-2.5-qjl"]
+SIGN_FORMATS = ["turboquant-3.5-qjl", "turboquant-2.5-qjl", "oscar-int2-qjl"]
+OTHER_FORMATS = [*CODEBOOK_FORMATS, "oscar-int2-qjl"]  # than those of 2-bit affine codes alone
 MIXED = [(0, 140), (128, 1), (127, 3), (120, 40), (0, 5), (300, 0), (0, 0), (250, 8), (17, 90)]
 
 
@@ -102,6 +107,9 @@ class Step:
         self.k_mean = torch.randn(heads, dim) if self.format.centring == "static" else None
         self.clip_k, self.clip_v = 0.7 + 0.3 * torch.rand(heads), 0.7 + 0.3 * torch.rand(heads)
         self.max_query_len = max(1, int(new.max()))
+        self.sketch = None
+        if layout.keys.signs is not None:
+            self.sketch = qjl.sketch_matrix(dim, 0, orthogonal=True).half().contiguous()
 
     def _slots(self, table, size, rows):
         slots = torch.full((rows,), -1)
@@ -141,6 +149,7 @@ class Step:
                 "window_dtype": self.window_dtype,
                 "new_kv": None if self.new_rows == 0 else new_kv[: self.new_rows],
                 "max_query_len": self.max_query_len,
+                "sketch": there(self.sketch),
                 **changed,
             },
         )
@@ -215,24 +224,101 @@ def check(step, device, **changed):
         means = fields.k_mean[step.begun()].double()
         # Two fp16 roundings of sums that each carry up to 2 * page_tokens roundings of 2^-24 of the largest key.
         bound = 2 * half_ulp(expected_means) + step.page_tokens * 2.0**-22 * keys[: step.total].abs().amax()
+        bound += read_back_slack(step, page_fields(before.pages, step.layout))
         assert ((means - expected_means).abs() <= bound).all()
         mean = fields.k_mean[page].double()
         k = k - mean
-        # What saturates is exact again.
-        slack_k = slack_k + 2.0**-24 * k.abs().amax(-1, keepdim=True).clamp(max=2 * FP16_MAX)
-    for name, x, slack, clip, codes, scales in (
-        ("keys", k, slack_k, step.clip_k, fields.k_codes, fields.k_scales),
-        ("values", v, slack_v, step.clip_v, fields.v_codes, fields.v_scales),
+        peak = k.abs().amax(-1, keepdim=True)
+        # What the affine quantiser saturates is exact again.
+        slack_k = slack_k + 2.0**-24 * (
+            peak.clamp(max=2 * FP16_MAX) if step.layout.keys.quantizer == "affine" else peak
+        )
+    for name, x, slack, clip, rows, field in (
+        ("keys", k, slack_k, step.clip_k, step.layout.keys, fields.keys),
+        ("values", v, slack_v, step.clip_v, step.layout.values, fields.values),
     ):
-        check_quantised(x, slack, clip, packing.unpack(codes[page, :, offset]), scales[page, :, offset], name)
+        if not len(x):
+            continue
+        read_back = []
+        for part, packed, scales in zip(rows.parts, field.codes, field.scales, strict=True):
+            codes, stored_scales = packing.unpack_bits(packed[page, :, offset], part.bits), scales[page, :, offset]
+            channels = x[..., part.first_channel : part.first_channel + part.channels]
+            if rows.quantizer == "affine":
+                check_quantised(channels, slack, clip, codes, stored_scales, name)
+                scale, zero = stored_scales.double().split(1, dim=-1)
+                read_back.append(codes * scale + zero)
+            else:
+                check_codebook(channels, slack, codes, stored_scales, part.bits, field.signs is None, name)
+                levels = lloyd_max.levels(part.channels, part.bits).double()
+                read_back.append(levels[codes.int()] * stored_scales.double().unsqueeze(-1))
+        if field.signs is not None:
+            bits = packing.unpack_bits(field.signs[page, :, offset], 1)
+            check_signs(x, torch.cat(read_back, dim=-1), slack, step.sketch, bits, field.sign_norms[page, :, offset])
     check_untouched_pages(step, before.pages, page, offset)
     check_sixteen_bits(step, before, keys, values)
 
 
+def read_back_slack(step, fields):
+    """How far a mean may be off for S in fp16, where the torch path has float32.
+
+    A token's correction is sqrt(pi / 2) / D |r| S^T sign. An element of S is off by 2^-11 of it and the D products by
+    as many roundings; the magnitudes of a column of D elements sum to sqrt(D) times its length, itself sqrt(D), at most
+    (S has orthogonal rows of that length).
+    """
+    if step.sketch is None:
+        return 0.0
+    largest = fields.keys.sign_norms.double().nan_to_num(nan=0.0).amax()  # NaN where nobody wrote
+    return math.sqrt(math.pi / 2) * largest * (2.0**-11 + step.dim * 2.0**-23)
+
+
+def check_codebook(x, slack, codes, norms, bits, corrected, name):
+    """Codes [M, H, C], norms [M, H] of rows x [M, H, C] float64 that are known up to slack [M, H, 1]."""
+    channels = x.shape[-1]
+    length = x.norm(dim=-1, keepdim=True)
+    unit = x / length
+    # The length is off by slack times the sum of |unit|, sqrt(C) at most; float32: the sum of C squares, whose root
+    # halves the error, and no more than eight roundings of what is multiplied and divided.
+    rounding = (channels / 2 + 8) * 2.0**-24
+    unsure = slack / length * (1 + unit.abs() * math.sqrt(channels)) + unit.abs() * rounding
+    edges = lloyd_max.boundaries(channels, bits).double()
+    sure = (unit.unsqueeze(-1) - edges).abs().amin(-1) > unsure
+    assert torch.equal(codes[sure].long(), torch.bucketize(unit, edges)[sure]), name
+    assert sure.double().mean() > 0.97, "too few codes were checked"
+    wanted = length.squeeze(-1)
+    relative = (slack / length).squeeze(-1) * math.sqrt(channels) + rounding
+    if corrected:
+        # By the codes that are stored; their length is another sum of C squares.
+        wanted = wanted / lloyd_max.levels(channels, bits).double()[codes.int()].norm(dim=-1)
+        relative = relative + rounding
+    wanted = wanted.clamp(max=FP16_MAX)
+    assert ((norms.double() - wanted).abs() <= half_ulp(wanted) + relative * wanted).all(), name
+
+
+def check_signs(x, read_back, slack, sketch, bits, norms):
+    """Signs [M, H, D] and norms [M, H] of x - read_back [M, H, D] float64, x known up to slack [M, H, 1]."""
+    dim = x.shape[-1]
+    residual = x - read_back
+    # x itself, what is read back (three products, a sum) and their difference in float32.
+    slack = slack + 2.0**-22 * (x.abs() + read_back.abs()).amax(-1, keepdim=True)
+    length = residual.norm(dim=-1, keepdim=True)
+    unit = residual / length
+    rounding = (dim / 2 + 8) * 2.0**-24  # as in check_codebook
+    wanted = length.squeeze(-1).clamp(max=FP16_MAX)
+    relative = (slack / length).squeeze(-1) * math.sqrt(dim) + rounding
+    assert ((norms.double() - wanted).abs() <= half_ulp(wanted) + relative * wanted).all()
+    # An element of the unit vector is off as in check_codebook, and by its rounding to fp16.
+    unsure = slack / length * (1 + unit.abs() * math.sqrt(dim)) + unit.abs() * rounding + half_ulp(unit)
+    matrix = sketch.double()
+    # Sums of D products: as `Step.slack`.
+    sums = dim * 2.0**-23 * matrix.norm(dim=-1)
+    projected = unit @ matrix.mT
+    sure = projected.abs() > unsure @ matrix.abs().mT + sums
+    assert torch.equal(bits[sure] == 1, projected[sure] >= 0)
+    assert sure.double().mean() > 0.95, "too few signs were checked"
+
+
 def check_quantised(x, slack, clip, codes, scales, name):
     """Codes [M, H, D], scales [M, H, 2] of rows x [M, H, D] float64 that are known up to slack [M, H, 1]."""
-    if not len(x):
-        return
     x = x.clamp(-FP16_MAX, FP16_MAX)
     scale, zero = scales.double().unbind(-1)
     assert torch.isfinite(scale).all() and torch.isfinite(zero).all(), name
@@ -261,10 +347,11 @@ def check_untouched_pages(step, before, page, offset):
     written = torch.zeros_like(step.pages)
     fields = page_fields(written, step.layout)
     ones = torch.tensor(-1, dtype=torch.int16).view(torch.float16)
-    fields.k_codes[page, :, offset] = 1
-    fields.v_codes[page, :, offset] = 1
-    fields.k_scales[page, :, offset] = ones
-    fields.v_scales[page, :, offset] = ones
+    for rows in (fields.keys, fields.values):
+        for codes in (*rows.codes, *([] if rows.signs is None else [rows.signs])):
+            codes[page, :, offset] = 1
+        for scales in (*rows.scales, *([] if rows.sign_norms is None else [rows.sign_norms])):
+            scales[page, :, offset] = ones
     if fields.k_mean is not None:
         fields.k_mean[step.begun()] = ones
     untouched = written == 0
@@ -304,6 +391,25 @@ def check_sixteen_bits(step, before, keys, values):
 @pytest.mark.parametrize("rotated", [True, False])
 def test_mixed_batch(name, rotated, device):
     check(Step(MIXED, name, rotated=rotated), device)
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_codebooks_and_signs(name, device):
+    """Begun pages with means of their own and borrowed ones (from codes and signs), tokens that are not stored."""
+    step = Step([(0, 35), (128, 1), (127, 3), (0, 0)], name)
+    step.slots[torch.tensor([2, 11])] = torch.tensor([-1, 3])
+    check(step, device)
+
+
+@pytest.mark.parametrize("dim", [96, 128, 256])
+@pytest.mark.parametrize("name", ["turboquant-3.5", "turboquant-2.5-qjl", "oscar-int2-qjl"])
+def test_head_sizes_of_codebooks_and_signs(dim, name, device):
+    """Parts of 24, 32, 48, 64, 72, 96, 128 and 192 channels."""
+    check(Step([(120, 12)], name, heads=1, dim=dim), device)
+
+
+def test_large_tiles_of_codebooks_and_signs(device):
+    check(Step([(5, 300)], "turboquant-2.5-qjl", heads=1, missing=0.9, new_rows=0), device)
 
 
 @pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
@@ -352,6 +458,41 @@ def test_without_rotation_every_bit_is_the_torch_path_s(name, device):
         zeros_a, zeros_b = a[..., 1][same].double(), b[..., 1][same].double()
         assert ((zeros_a - zeros_b).abs() <= 2 * half_ulp(zeros_b)).all()
         assert (zeros_a == zeros_b).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_without_rotation_codebooks_and_signs_are_the_torch_path_s(name, device):
+    """Same float32 numbers: what differs was on a boundary or, of the signs, where fp16 rounds them over zero."""
+    step = Step([(120, 12), (0, 3)], name, rotated=False, dtype=torch.float32)
+    keys, values = step.exact()
+    step.run(device)
+    expected = step.pages.clone()
+    slots = step.slots[: step.total]
+    k, v = keys[: step.total].float(), values[: step.total].float()
+    write_tokens(expected, step.layout, slots, k, v, step.clip_k, step.clip_v)  # around the kernel's means
+    page, offset = slots // step.page_tokens, slots % step.page_tokens
+    for side in ("keys", "values"):
+        rows = getattr(step.layout, side)
+        ours, torchs = (getattr(page_fields(pages, step.layout), side) for pages in (step.pages, expected))
+        same = torch.ones(len(slots), step.heads, dtype=torch.bool)
+        for index, part in enumerate(rows.parts):
+            a, b = (packing.unpack_bits(f.codes[index][page, :, offset], part.bits) for f in (ours, torchs))
+            # Float32 unit vectors, as check_codebook, differ by 2^-24 * (D / 2 + 8) < 2^-18 of an element, itself about
+            # 1 / sqrt(D), and the narrowest code of 4 bits is 0.25 / sqrt(D) wide: one element in 2^15 is in doubt.
+            assert (a != b).sum() <= 1 + a.numel() * 2.0**-15 and (a.int() - b.int()).abs().max() <= 1
+            equal = (a == b).all(-1)
+            a, b = (f.scales[index][page, :, offset].double() for f in (ours, torchs))
+            # Sums in another order: the neighbour of an fp16 number at most.
+            assert ((a - b).abs() <= 2 * half_ulp(b))[equal].all() and (a == b)[equal].double().mean() > 0.9
+            same &= equal & (a == b).view(*same.shape, -1).all(-1)
+        if rows.signs is None:
+            continue
+        a, b = (packing.unpack_bits(f.signs[page, :, offset], 1)[same] for f in (ours, torchs))
+        # A product of a unit vector and a row of S, about N(0, 1), is off by the fp16 rounding of both, at most
+        # 2 * 2^-11 * sqrt(D) < 0.01, and within 0.01 of zero with a probability of 0.8 %.
+        assert (a != b).double().mean() < 0.02
+        a, b = (f.sign_norms[page, :, offset][same].double() for f in (ours, torchs))
+        assert ((a - b).abs() <= 2 * half_ulp(b)).all() and (a == b).double().mean() > 0.9
 
 
 BEGUN = [
@@ -480,6 +621,35 @@ def test_flat_rows(device):
     assert torch.equal(step.pages, expected)
 
 
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_rows_of_zeros(name, device):
+    """Norms 0, the codes and signs of zero, and every read is zero."""
+    step = Step([(0, 6)], name, heads=1, rotated=False, dtype=torch.float32)
+    step.key[: step.total], step.value[: step.total] = 0, 0
+    expected = step.pages.clone()
+    page_fields(expected, step.layout).k_mean[step.begun()] = 0
+    k, v = step.key[: step.total], step.value[: step.total]
+    write_tokens(expected, step.layout, step.slots[: step.total], k, v, step.clip_k, step.clip_v)
+    step.run(device)
+    assert torch.equal(step.pages, expected)
+
+
+# Rotating casts to fp16: from 1e-30 it leaves nothing, and saturates elements where 1e36 saturates norms alone.
+@pytest.mark.parametrize(
+    ("magnitude", "rotated"), [(1e-30, False), (1e-3, True), (1e6, False), (1e6, True), (1e36, False), (1e36, True)]
+)
+def test_codebooks_and_signs_at_any_magnitude(magnitude, rotated, device):
+    """Codes and signs do not depend on it; norms saturate and vanish. Squares of 1e36 and 1e-30 are no float32."""
+    step = Step([(0, 40)], "turboquant-3.5-qjl", heads=1, rotated=rotated, dtype=torch.float32)
+    step.key[: step.total] *= magnitude
+    step.value[: step.total] *= magnitude
+    check(step, device)
+    fields = page_fields(step.pages, step.layout)
+    offset = step.slots[: step.total] % step.page_tokens
+    for norms in (*fields.keys.scales, *fields.values.scales, fields.keys.sign_norms):
+        assert torch.isfinite(norms[step.table[0, 0], :, offset]).all()
+
+
 @pytest.mark.parametrize("magnitude", [65504.0, 1e6, 3e38])
 def test_large_values_saturate(magnitude, device):
     """Without a rotation as the torch path does; with one, operands are clamped to fp16."""
@@ -513,6 +683,26 @@ def test_broken_input_is_not_hidden(value, dtype, rotated, device):
     assert torch.isfinite(scales).all(), "no other token or head is affected"
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["turboquant-3.5-qjl", "oscar-int2-qjl"])
+@pytest.mark.parametrize("rotated", [True, False])
+def test_broken_input_is_not_hidden_by_codebooks_and_signs(value, name, rotated, device):
+    # In a page that was begun before: its mean is sound.
+    step = Step([(3, 9)], name, rotated=rotated)
+    step.key[4, 1, 7] = value
+    step.run(device)
+    page, offset = step.slots[: step.total] // step.page_tokens, step.slots[: step.total] % step.page_tokens
+    keys = page_fields(step.pages, step.layout).keys
+    # What saturates in the affine quantiser is left over.
+    norms = [keys.sign_norms, *(keys.scales if step.layout.keys.quantizer == "lloyd-max" else [])]
+    norms = torch.stack([field[page, :, offset] for field in norms])
+    # Without a rotation the second part of the channels does not know of it.
+    broken = norms[:, 4, 1] if rotated else norms[:2, 4, 1]
+    assert torch.isnan(broken).all()
+    norms[:, 4, 1] = 0
+    assert torch.isfinite(norms).all(), "no other token or head is affected"
+
+
 def test_refusals(device):
     step = Step([(3, 9)], heads=2)
     wrong = {
@@ -526,6 +716,13 @@ def test_refusals(device):
     for name, value in wrong.items():
         with pytest.raises(ValueError):
             step.run(device, **{name: value})
+    sketch = qjl.sketch_matrix(64, 0).half()
+    with pytest.raises(ValueError, match="sketch"):
+        step.run(device, sketch=sketch)
+    signed = Step([(3, 9)], "oscar-int2-qjl", heads=2)
+    for wrong_sketch in (None, sketch.float(), sketch.mT, sketch[:32]):
+        with pytest.raises(ValueError, match="sketch"):
+            signed.run(device, sketch=wrong_sketch)
     step.slots = step.slots[1:]
     with pytest.raises(ValueError, match="slots"):
         step.run(device)
