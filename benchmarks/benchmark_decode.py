@@ -159,7 +159,7 @@ class Ours(Peer):
         elements = decode_workspace_elements(self.kernel, device, NUM_KV_HEADS, GROUP, HEAD_DIM, shape.batch, 1)
         workspace = torch.empty(elements, dtype=torch.float32, device=device)
         unrotated = self.query(shape, torch.bfloat16)
-        sketch = sketch_matrix(HEAD_DIM).half().to(device) if self.layout.keys.signs is not None else None
+        sketch = sketch_matrix(HEAD_DIM).half().contiguous().to(device) if self.layout.keys.signs is not None else None
         rotation, unrotation = (common.random_orthogonal(NUM_KV_HEADS, HEAD_DIM, self.device) for _ in range(2))
 
         def attend() -> torch.Tensor:

@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the process's exit status (2 for bad input)."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        prog="kvcompress", description="KV cache pages of 2 to 4 bits for vLLM: calibrate, inspect, plan, evaluate, demonstrate."
+        prog="kvcompress",
+        description="KV cache pages of 2 to 4 bits for vLLM: calibrate, inspect, plan, evaluate, demonstrate.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_kvcompress.formats import get_format, gpu_format_names
+from vllm_kvcompress.formats import get_format
 
 RUNNER = Path(__file__).with_name("engine_runner.py")
 MAX_LEN = 1024
@@ -178,7 +178,9 @@ def test_prefix_hits_are_not_limited_by_missing_windows(tiny_model):
     assert BF16_WINDOWS < difference < float("inf"), "read from 2-bit pages: different, and not NaN"
 
 
-@pytest.mark.parametrize("name", [*gpu_format_names(), "turboquant-4", "turboquant-2.5-qjl"])
+@pytest.mark.parametrize(
+    "name", ["oscar-int2", "oscar-int2-static", "hadamard-int2", "int2", "turboquant-4", "turboquant-2.5-qjl"]
+)
 def test_page_bytes_on_the_allocated_tensor(request, name):
     """Pages have the bytes the format declares, and all the memory given to vLLM is pages."""
     calibrated = get_format(name).needs_calibration

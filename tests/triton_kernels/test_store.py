@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vllm_kvcompress.attention.plan import MIN_TOKENS_FOR_OWN_MEAN, make_plan
-from vllm_kvcompress.formats import get_format, gpu_format_names
+from vllm_kvcompress.formats import format_names, get_format
 from vllm_kvcompress.formats.base import SUPPORTED_HEAD_DIMS, page_fields, write_tokens
 from vllm_kvcompress.kernels import torch_attention
 from vllm_kvcompress.quantizers import lloyd_max, packing, qjl
@@ -25,7 +25,8 @@ FP16_MAX = 65504.0
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 CODEBOOK_FORMATS = ["turboquant-4", "turboquant-3.5", "turboquant-3.5-qjl", "turboquant-2.5", "turboquant-2.5-qjl"]
 SIGN_FORMATS = ["turboquant-3.5-qjl", "turboquant-2.5-qjl", "oscar-int2-qjl"]
-OTHER_FORMATS = [*CODEBOOK_FORMATS, "oscar-int2-qjl"]  # than those of 2-bit affine codes alone
+OTHER_FORMATS = [*CODEBOOK_FORMATS, "oscar-int2-qjl"]
+TWO_BIT_FORMATS = [name for name in format_names() if name not in OTHER_FORMATS]
 MIXED = [(0, 140), (128, 1), (127, 3), (120, 40), (0, 5), (300, 0), (0, 0), (250, 8), (17, 90)]
 
 
@@ -387,7 +388,7 @@ def check_sixteen_bits(step, before, keys, values):
     assert (step.windows[0] == 0xFF).all(), "the null block is never written"
 
 
-@pytest.mark.parametrize("name", gpu_format_names())
+@pytest.mark.parametrize("name", TWO_BIT_FORMATS)
 @pytest.mark.parametrize("rotated", [True, False])
 def test_mixed_batch(name, rotated, device):
     check(Step(MIXED, name, rotated=rotated), device)
@@ -432,7 +433,7 @@ def test_dtypes(dtype, window_dtype, rotated, device):
         check(Step([(120, 20)], name, heads=1, dtype=dtype, window_dtype=window_dtype, rotated=rotated), device)
 
 
-@pytest.mark.parametrize("name", gpu_format_names())
+@pytest.mark.parametrize("name", TWO_BIT_FORMATS)
 def test_without_rotation_every_bit_is_the_torch_path_s(name, device):
     """Same float32 operations: codes differ only on a boundary (a fused multiply-add), the mean only in its sum."""
     step = Step([(120, 30), (40, 20), (0, 3)], name, rotated=False, dtype=torch.float32)
