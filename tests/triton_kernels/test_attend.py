@@ -4,9 +4,10 @@
 import pytest
 import torch
 
-from vllm_kvcompress.formats import get_format, gpu_format_names
+from vllm_kvcompress.formats import format_names, get_format
 from vllm_kvcompress.formats.base import SUPPORTED_HEAD_DIMS, write_tokens
 from vllm_kvcompress.kernels.reference import attend_reference
+from vllm_kvcompress.quantizers import qjl
 from vllm_kvcompress.triton_kernels.attend import attend, workspace_elements
 
 BLOCK = 16
@@ -38,6 +39,9 @@ class Batch:
         self.requests, self.kv_heads, self.group, self.dim = requests, kv_heads, group, dim
         self.sinks, self.recent, self.window_dtype = sinks, recent, window_dtype
         self.layout = get_format(name).layout(dim, page_tokens)
+        self.sketch = None
+        if self.layout.keys.signs is not None:
+            self.sketch = qjl.sketch_matrix(dim, 0, orthogonal=True).half().contiguous()
         lengths = [past + new for past, new in requests]
         max_pages = max(1, *(-(-n // page_tokens) for n in lengths))
         max_blocks = max(1, *(-(-n // BLOCK) for n in lengths))
@@ -99,6 +103,7 @@ class Batch:
             max_query_len=max_query_len or max(new for _, new in self.requests),
             num_splits=num_splits,
             workspace=torch.full((elements,), torch.nan, device=device) if elements else None,
+            sketch=None if self.sketch is None else self.sketch.to(device),
         )
         assert out[self.total :].isnan().all(), "padding rows are not written"
         return out[: self.total].cpu()
@@ -136,7 +141,7 @@ def assert_close(got, expected, tolerance=TOLERANCE):
 MIXED = [(0, 3), (270, 1), (129, 1), (0, 0), (1, 1), (128, 2), (57, 0)]
 
 
-@pytest.mark.parametrize("name", gpu_format_names())
+@pytest.mark.parametrize("name", format_names())
 def test_mixed_batch(device, name):
     Batch(MIXED, group=2, name=name, missing=0.3).check(device, num_splits=2)
 

@@ -74,6 +74,7 @@ def _history(name, dim, window_dtype, windows):
         "window_dtype": window_dtype,
         "sink_tokens": 64,
         "recent_tokens": 256,
+        "sketch": torch.empty(dim, dim, dtype=torch.float16) if layout.keys.signs is not None else None,
     }
 
 
