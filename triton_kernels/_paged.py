@@ -266,8 +266,11 @@ def _half(VALUE: tl.constexpr):
 
 @triton.jit
 def interleave(tensors):
-    """One, two or four [N, C] -> [N, count * C]: column count * j + i is column j of the i-th."""
-    if len(tensors) == 4:
+    """1, 2, 4 or 8 tensors [N, C] -> [N, count * C]: column count * j + i is column j of the i-th."""
+    if len(tensors) == 8:
+        even = interleave_four(tensors[0], tensors[2], tensors[4], tensors[6])
+        return tl.interleave(even, interleave_four(tensors[1], tensors[3], tensors[5], tensors[7]))
+    elif len(tensors) == 4:
         return interleave_four(tensors[0], tensors[1], tensors[2], tensors[3])
     elif len(tensors) == 2:
         return tl.interleave(tensors[0], tensors[1])
@@ -343,26 +346,30 @@ def page_constants(pages: torch.Tensor, layout: PageLayout) -> dict[str, int | N
         "HEAD_BYTES": head_bytes,
         "K_AFFINE": layout.keys.quantizer == "affine",
         "V_AFFINE": layout.values.quantizer == "affine",
-        "K_PARTS": row_parts(layout.keys, layout.head_dim),
-        "V_PARTS": row_parts(layout.values, layout.head_dim),
+        "K_PARTS": row_parts(layout.keys, 16),
+        "V_PARTS": row_parts(layout.values, 32 if layout.head_dim == 256 else 16),
         "SIGNS": layout.keys.signs,
         "SIGN_NORMS": layout.keys.sign_norms,
         "K_MEAN": layout.k_mean,
     }
 
 
-def row_parts(rows: RowLayout, head_dim: int) -> tuple[tuple[int | float, ...], ...]:
-    """A row's layout as kernels take it: a tuple for each part, flat, for Triton passes on nothing that is nested deeper.
+def row_parts(rows: RowLayout, columns: int) -> tuple[tuple[int | float, ...], ...]:
+    """A row's layout as kernels take it: a flat tuple for each part, for Triton passes on no deeper nesting.
 
     BITS of a code; CODES: offset in a head's share of a page, in bytes; CODE_BYTES of a token; HIGH_BITS: offset in
     those of the third bits of 3-bit codes; SCALES: offset of the scales; UNIT and BEND: a value is scale * UNIT *
     x * (1 + BEND * x^2) for x = 2 * code - (2^bits - 1), and of affine codes more by zero + 1.5 * scale; CHUNK_COUNT.
     For each chunk: its first CHANNEL in the row; the same IN_PART; CHANNELS; POSITIONS x COLUMNS, as many or more.
+
+    Args:
+        columns: fewest of a chunk. 16 is the depth of a tensor core's product, but of values, where columns are its
+            width, four warps that share it need 32.
     """
     parts = []
     for part in rows.parts:
         a, b = (1.0, 0.0) if rows.quantizer == "affine" else lloyd_max.cubic(part.channels, part.bits)
-        chunks = _chunks(part.first_channel, part.channels, 16 if head_dim == 64 else 32)
+        chunks = _chunks(part.first_channel, part.channels, part.bits, columns)
         entries = [part.bits, part.codes, part.code_bytes, part.channels // 4, part.scales, a / 2, b / 4, len(chunks)]
         parts.append((*entries, *(entry for chunk in chunks for entry in chunk)))
     return tuple(parts)
@@ -374,14 +381,27 @@ def chunk_ranges(parts: tuple[tuple[int | float, ...], ...]) -> tuple[tuple[int 
     return tuple((first, channels, positions * columns) for first, _, channels, positions, columns in chunks)
 
 
-def _chunks(first: int, channels: int, columns: int) -> list[tuple[int, int, int, int, int]]:
-    """Chunks of a part, of `columns` columns or more: as many as `attend`'s warps can share without double work."""
+def narrowest(parts: tuple[tuple[int | float, ...], ...]) -> int:
+    """The fewest columns of a chunk."""
+    return min(part[i] for part in parts for i in range(COLUMNS.value, len(part), CHUNK_ENTRIES.value))
+
+
+def _chunks(first: int, channels: int, bits: int, columns: int) -> list[tuple[int, int, int, int, int]]:
+    """Chunks of a part, of `columns` columns or more.
+
+    Words of whole bytes are read best, so a part that fills more than half of them is one chunk.
+    """
     chunks, begin = [], 0
     while begin < channels:
         rest = channels - begin
-        size = min(rest, max(columns, 1 << rest.bit_length() - 1))
-        positions = max(1, min(4, size // columns))
-        chunks.append((first + begin, begin, size, positions, max(columns, size // positions)))
+        most = 8 if bits == 1 else 4
+        if columns * most < 2 * rest <= 2 * columns * most:
+            size, positions = rest, most
+        else:
+            size = min(rest, max(columns, 1 << rest.bit_length() - 1))
+            positions = max(1, min(most, size // columns))
+        wide = max(columns, triton.next_power_of_2(triton.cdiv(size, positions)))
+        chunks.append((first + begin, begin, size, positions, wide))
         begin += size
     return chunks
 

@@ -132,7 +132,7 @@ def attend(
 
     group = query_heads // heads
     block_d = constants["BLOCK_D"]
-    tile = _tile(max_query_len * group, block_d)
+    tile = _tile(max_query_len * group, block_d, _paged.narrowest(constants["V_PARTS"]))
     row_tiles = triton.cdiv(max_query_len * group, tile["BLOCK_M"])
     _attend_kernel[(row_tiles * heads, num_splits, requests)](
         q,
@@ -189,16 +189,21 @@ def workspace_elements(num_tokens: int, num_query_heads: int, head_dim: int, num
     return num_splits * num_tokens * num_query_heads * (head_dim + 2) if num_splits > 1 else 0
 
 
-def _tile(rows: int, block_d: int) -> dict[str, int]:
+def _tile(rows: int, block_d: int, columns: int) -> dict[str, int]:
     """Tile and launch options for so many query rows a KV head and request.
 
     Chosen by the machine code's instructions, registers and shared memory (less than 99 KiB). Warps divide a product's
     rows, 16 each, unless it is wider than high: more warps than that would do the same work twice. Registers of the
     decoding tiles are capped so that enough programs share a multiprocessor to hide each other's waiting.
+
+    Args:
+        columns: fewest of a product with values. Warps divide them too, 8 each.
     """
     if rows <= 16:
         if block_d == 64:
             return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_E": 32, "num_warps": 1, "num_stages": 3, "maxnreg": 168}
+        if columns < 32:
+            return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_E": 32, "num_warps": 1, "num_stages": 2, "maxnreg": 168}
         maxnreg = 128 if block_d == 128 else 168
         return {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_E": 32, "num_warps": 4, "num_stages": 3, "maxnreg": maxnreg}
     if block_d == 256:
@@ -317,8 +322,7 @@ def _attend_kernel(
         for p in tl.static_range(len(K_PARTS)):
             queries += (_part_queries(q_rows, row_mask, boost, K_PARTS, p),)
         if SIGNS is not None:
-            s0, s1, s2, s3 = split_four(_sketched(q_rows, row_mask, boost, sketch_ptr, D, BLOCK_M, BLOCK_D))
-            sketched = (s0.to(tl.float16), s1.to(tl.float16), s2.to(tl.float16), s3.to(tl.float16))
+            sketched = _sketched(q_rows, row_mask, boost, sketch_ptr, D, BLOCK_M, BLOCK_D)
     unboost = scale_log2 / boost
     q_sum = tl.sum(query.to(tl.float32), axis=1) * boost
 
@@ -529,14 +533,16 @@ def _chunk_queries(q_rows, row_mask, boost, PARTS: tl.constexpr, P: tl.constexpr
 
 @triton.jit
 def _sketched(q_rows, row_mask, boost, sketch_ptr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """S q * boost / D, [BLOCK_M, BLOCK_D] float32: at most the largest of q * boost, for rows of S have length sqrt(D).
+    """S q * boost / D as fp16, a tuple by position of tensors [BLOCK_M, columns] for words of signs.
+
+    At most the largest of q * boost, for rows of S have length sqrt(D).
 
     Args:
         sketch_ptr: S [D, D] fp16, a row for each column of the result.
     """
     columns = tl.arange(0, BLOCK_D)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for begin in tl.range(0, BLOCK_D, BLOCK_K, num_stages=2):
+    for begin in tl.range(0, BLOCK_D, BLOCK_K):
         lanes = begin + tl.arange(0, BLOCK_K)
         mask = row_mask[:, None] & (lanes < D)[None, :]
         query = tl.load(q_rows[:, None] + lanes[None, :], mask=mask, other=0.0)
@@ -544,7 +550,16 @@ def _sketched(q_rows, row_mask, boost, sketch_ptr, D: tl.constexpr, BLOCK_M: tl.
         in_sketch = (columns < D)[:, None] & (lanes < D)[None, :]
         sketch = tl.load(sketch_ptr + columns[:, None] * D + lanes[None, :], mask=in_sketch, other=0.0)
         out = tl.dot(query, tl.trans(sketch), out)
-    return out * (1.0 / D)
+    x0, x1, x2, x3 = split_four((out * (1.0 / D)).to(tl.float16))
+    if BLOCK_D == 64:
+        return x0, x1, x2, x3
+    else:
+        # Bytes of signs, whole: column j of the i-th is column 8j + i.
+        x0, x4 = tl.split(x0.reshape(BLOCK_M, BLOCK_D // 8, 2))
+        x1, x5 = tl.split(x1.reshape(BLOCK_M, BLOCK_D // 8, 2))
+        x2, x6 = tl.split(x2.reshape(BLOCK_M, BLOCK_D // 8, 2))
+        x3, x7 = tl.split(x3.reshape(BLOCK_M, BLOCK_D // 8, 2))
+        return x0, x1, x2, x3, x4, x5, x6, x7
 
 
 @triton.jit
@@ -575,13 +590,14 @@ def _sign_scores(
     """[BLOCK_M, BLOCK_N] estimates of the products with the keys' residuals.
 
     Args:
-        sketched: of `_sketched`, as fp16 by position.
+        sketched: of `_sketched`.
     """
     rows = head_ptr + SIGNS + tokens * (D // 8)
-    words = (load_words(rows, exists, 1, D, 4, BLOCK_D // 4),)
+    COUNT: tl.constexpr = len(sketched)
+    words = (load_words(rows, exists, 1, D, COUNT, sketched[0].shape[1]),)
     norms = load_halves(head_ptr, SIGN_NORMS, tokens, read)
-    scores = tl.dot(sketched[0], tl.trans(levels_at(words, 0, 1, 0.0)))
-    for i in tl.static_range(1, 4):
+    scores = tl.zeros([sketched[0].shape[0], norms.shape[0]], tl.float32)
+    for i in tl.static_range(COUNT):
         scores = tl.dot(sketched[i], tl.trans(levels_at(words, i, 1, 0.0)), scores)
     return scores * (norms * _SIGN_UNIT)[None, :]
 

@@ -171,6 +171,38 @@ def test_head_sizes(device, dim, new):
     Batch([(150, new)], dim=dim).check(device)
 
 
+@pytest.mark.parametrize("name", ["turboquant-4", "turboquant-3.5-qjl", "turboquant-2.5-qjl", "oscar-int2-qjl"])
+@pytest.mark.parametrize("dim", [96, 128, 256])
+def test_parts(device, dim, name):
+    """Parts that are no power of two, and of every width."""
+    Batch([(150, 1)], dim=dim, name=name, kv_heads=2).check(device, num_splits=2)
+
+
+@pytest.mark.parametrize(
+    "name,dim,new", [("turboquant-2.5", 64, 9), ("turboquant-3.5", 128, 5), ("turboquant-3.5-qjl", 96, 33)]
+)
+def test_parts_in_higher_tiles(device, name, dim, new):
+    Batch([(150, new), (270, 1)], dim=dim, name=name, group=3, missing=0.2).check(device)
+
+
+@pytest.mark.parametrize("name", ["turboquant-4", "turboquant-2.5-qjl"])
+def test_null_pages_of_parts(device, name):
+    batch = Batch([(300, 1), (200, 1)], group=2, name=name, missing=0.3)
+    batch.table[0, 1] = 0
+    batch.table[1] = 0
+    batch.check(device)
+    batch.check(device, windows=False, num_splits=2)
+
+
+@pytest.mark.parametrize("size", [2.0**-10, 2.0**10])
+@pytest.mark.parametrize("name", ["turboquant-3.5-qjl", "oscar-int2-qjl"])
+def test_parts_of_any_size(device, name, size):
+    """Values and queries at either end of fp16's range."""
+    batch = Batch([(300, 1)], group=2, name=name, recent=0, sinks=0, value_size=size)
+    batch.q *= min(size, 2.0**6)
+    batch.check(device)
+
+
 @pytest.mark.parametrize("new", range(1, 9))
 def test_several_new_tokens(device, new):
     """As in speculative decoding."""
@@ -278,4 +310,8 @@ def test_refusals(device):
     batch = Batch([(20, 1)])
     batch.windows = batch.windows[:, :, ::2]
     with pytest.raises(ValueError, match="window_cache must be uint8"):
+        batch.run(device)
+    batch = Batch([(20, 1)], name="turboquant-2.5-qjl")
+    batch.sketch = None
+    with pytest.raises(ValueError, match="sketch matrix goes with keys that have signs"):
         batch.run(device)
