@@ -13,8 +13,8 @@ BLOCK = 16
 # Rounding to fp16 is the last step, 2^-11 of the value. Before it float32 rounds a product and two sums, 2^-24 each of
 # terms of at most 16 here, which shows where they cancel.
 RTOL, ATOL = 2**-11 + 2**-20, 2**-18
-# Lloyd-Max levels are fp16 themselves: three roundings of at most 2^-11, two of them of a level's bend alone, a third of
-# it. Norms here are below 5 and levels below 0.6: 5 * 0.6 * 5/3 * 2^-11 = 2.4e-3, which shows where a mean cancels them.
+# Lloyd-Max levels are fp16 themselves: three roundings of at most 2^-11, two of them of a level's bend alone, a third
+# of it. Norms here are below 5 and levels below 0.6: 5 * 0.6 * 5/3 * 2^-11 = 2.4e-3, seen where a mean cancels them.
 # The sketch is fp16: 2^-12 of D terms of 0.8 on average, times the norm and sqrt(pi / 2) / D: 1.2e-3 if all agree.
 LEVEL_ATOL = 4e-3
 
