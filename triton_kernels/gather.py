@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""History out of 2-bit pages and 16-bit windows as dense fp16 keys and values, for a dense attention kernel. The torch
+"""History out of pages and 16-bit windows as dense fp16 keys and values, for a dense attention kernel. The torch
 reference is `formats.base.read_pages` with the read rule of `kernels.reference`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -13,12 +15,26 @@ from vllm_kvcompress.formats.base import PageLayout
 from vllm_kvcompress.triton_kernels import _paged
 from vllm_kvcompress.triton_kernels._common import cast
 from vllm_kvcompress.triton_kernels._paged import (
-    interleave_four,
+    BEND,
+    BITS,
+    CHANNEL,
+    CHANNELS,
+    CHUNK_ENTRIES,
+    COLUMNS,
+    POSITIONS,
+    UNIT,
+    interleave,
     is_windowed,
-    load_scales,
+    levels_at,
+    load_halves,
+    load_part,
+    load_part_scales,
+    load_words,
     request_lengths,
     window_rows,
 )
+
+_SIGN_UNIT = tl.constexpr(math.sqrt(math.pi / 2))
 
 
 def gather_history(
@@ -38,6 +54,7 @@ def gather_history(
     window_dtype: torch.dtype,
     sink_tokens: int,
     recent_tokens: int,
+    sketch: torch.Tensor | None = None,
 ) -> None:
     """Write history tokens first_token <= t < min(c, first_token + tile_tokens) of every request, c its history.
 
@@ -54,11 +71,13 @@ def gather_history(
         tile_tokens: a multiple of the page.
         window_cache: [num_blocks, H, block, 4 * D] uint8 or None; window_table: [R, max_blocks] int32, 0 = no block.
         window_dtype: bfloat16 or float16.
+        sketch: S of `quantizers.qjl`, contiguous float16 [D, D], if the keys have signs; else None.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
     """
     constants = _paged.page_constants(pages, layout)
+    _paged.check_sketch(sketch, layout)
     windows, window_stride, window_table_stride, window_block = _paged.window_view(
         window_cache, window_table, window_dtype, layout
     )
@@ -92,6 +111,7 @@ def gather_history(
         cu_history,
         keys,
         values,
+        sketch,
         capacity,
         first_token,
         sink_tokens,
@@ -118,6 +138,7 @@ def _gather_kernel(
     cu_history_ptr,
     keys_ptr,
     values_ptr,
+    sketch_ptr,
     capacity,
     first_position,
     sink_tokens,
@@ -127,15 +148,22 @@ def _gather_kernel(
     BLOCK_D: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     HEAD_BYTES: tl.constexpr,
-    K_CODES: tl.constexpr,
-    V_CODES: tl.constexpr,
-    K_SCALES: tl.constexpr,
-    V_SCALES: tl.constexpr,
+    K_AFFINE: tl.constexpr,
+    V_AFFINE: tl.constexpr,
+    K_PARTS: tl.constexpr,
+    V_PARTS: tl.constexpr,
+    SIGNS: tl.constexpr,
+    SIGN_NORMS: tl.constexpr,
     K_MEAN: tl.constexpr,
     WINDOW_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Grid: KV heads x tiles of BLOCK_T tokens x requests. window_ptr and K_MEAN are None without windows and means."""
+    """Grid: KV heads x tiles of BLOCK_T tokens x requests.
+
+    Args:
+        window_ptr, K_MEAN: None without windows, without page means. sketch_ptr, SIGNS, SIGN_NORMS: without signs.
+        K_PARTS, V_PARTS: of `_paged.row_parts`.
+    """
     kv_head = tl.program_id(0)
     in_tile = tl.program_id(1) * BLOCK_T
     request = tl.program_id(2)
@@ -150,46 +178,99 @@ def _gather_kernel(
     exists = page != 0
     head_ptr = pages_ptr + page.to(tl.int64) * page_stride + kv_head * HEAD_BYTES
     in_page = begin % PAGE_TOKENS + lanes
-    # Masked, all is zero, and so is what they make of it.
     read = exists & in_history
-    k_scale, k_zero = load_scales(head_ptr, K_SCALES, in_page, read)
-    v_scale, v_zero = load_scales(head_ptr, V_SCALES, in_page, read)
-    quads = tl.arange(0, BLOCK_D // 4)
-    codes = in_page[:, None] * (D // 4) + quads[None, :]
-    code_mask = exists & (quads < D // 4)[None, :]
-    k = _dequantise(tl.load(head_ptr + K_CODES + codes, mask=code_mask, other=0), k_scale, k_zero)
-    v = _dequantise(tl.load(head_ptr + V_CODES + codes, mask=code_mask, other=0), v_scale, v_zero)
-    channels = tl.arange(0, BLOCK_D)
-    in_channels = channels < D
-    if K_MEAN is not None:
-        mean_ptr = (head_ptr + K_MEAN).to(tl.pointer_type(tl.float16), bitcast=True)
-        mean = tl.load(mean_ptr + channels, mask=exists & in_channels, other=0.0)
-        k += mean.to(tl.float32)[None, :]
-    k = cast(k, tl.float16)
-    v = cast(v, tl.float16)
     touches_window = (begin < sink_tokens) | (begin + BLOCK_T > history - recent_tokens)
-    if window_ptr is not None and touches_window:
+    exact_rows = None
+    has_block = None
+    if window_ptr is not None:
         window_row = window_table_ptr + request.to(tl.int64) * window_table_stride
         windowed = is_windowed(positions, history, sink_tokens, recent_tokens)
         block = tl.load(window_row + positions // WINDOW_BLOCK, mask=windowed, other=0)
-        kv = window_rows(window_ptr, window_stride, block, positions, kv_head, WINDOW_BLOCK, D)
-        kv = kv[:, None] + channels[None, :]
-        has_block = (block != 0)[:, None]
-        kv_mask = has_block & in_channels[None, :]
-        k = tl.where(has_block, cast(tl.load(kv, mask=kv_mask, other=0.0), tl.float16), k)
-        v = tl.where(has_block, cast(tl.load(kv + D, mask=kv_mask, other=0.0), tl.float16), v)
+        has_block = block != 0
+        exact_rows = window_rows(window_ptr, window_stride, block, positions, kv_head, WINDOW_BLOCK, D)
     row = tl.load(cu_history_ptr + request) + in_tile + lanes
-    offsets = (row.to(tl.int64) * NUM_KV_HEADS + kv_head)[:, None] * D + channels[None, :]
-    mask = (in_history & (row < capacity))[:, None] & in_channels[None, :]
-    tl.store(keys_ptr + offsets, k, mask=mask)
-    tl.store(values_ptr + offsets, v, mask=mask)
+    offsets = (row.to(tl.int64) * NUM_KV_HEADS + kv_head) * D
+    is_written = in_history & (row < capacity)
+
+    signs = None
+    sign_norms = None
+    if SIGNS is not None:
+        SIGN_COLUMNS: tl.constexpr = BLOCK_D // 8 if BLOCK_D > 64 else 16
+        sign_rows = head_ptr + SIGNS + in_page * (D // 8)
+        signs = load_words(sign_rows, exists, 1, D, BLOCK_D // SIGN_COLUMNS, SIGN_COLUMNS)
+        sign_norms = load_halves(head_ptr, SIGN_NORMS, in_page, read)
+    mean_ptr = None
+    if K_MEAN is not None:
+        mean_ptr = (head_ptr + K_MEAN).to(tl.pointer_type(tl.float16), bitcast=True)
+    for p in tl.static_range(len(K_PARTS)):
+        words = load_part(head_ptr, in_page, exists, K_PARTS, p)
+        scale, middle = load_part_scales(head_ptr, in_page, read, K_AFFINE, K_PARTS, p)
+        for c in tl.static_range(len(words)):
+            k = _values(words[c], scale, middle, K_PARTS, p, c)
+            channels, in_chunk = _chunk_channels(K_PARTS, p, c)
+            if K_MEAN is not None:
+                mean = tl.load(mean_ptr + channels, mask=exists & in_chunk, other=0.0)
+                k += mean.to(tl.float32)[None, :]
+            if SIGNS is not None:
+                k += _residuals(signs, sign_norms, sketch_ptr, channels, in_chunk, D, BLOCK_D)
+            k = cast(k, tl.float16)
+            if window_ptr is not None and touches_window:
+                exact = tl.load(exact_rows[:, None] + channels[None, :], mask=_both(has_block, in_chunk), other=0.0)
+                k = tl.where(has_block[:, None], cast(exact, tl.float16), k)
+            tl.store(keys_ptr + offsets[:, None] + channels[None, :], k, mask=_both(is_written, in_chunk))
+    for p in tl.static_range(len(V_PARTS)):
+        words = load_part(head_ptr, in_page, exists, V_PARTS, p)
+        scale, middle = load_part_scales(head_ptr, in_page, read, V_AFFINE, V_PARTS, p)
+        for c in tl.static_range(len(words)):
+            v = cast(_values(words[c], scale, middle, V_PARTS, p, c), tl.float16)
+            channels, in_chunk = _chunk_channels(V_PARTS, p, c)
+            if window_ptr is not None and touches_window:
+                exact = tl.load(exact_rows[:, None] + D + channels[None, :], mask=_both(has_block, in_chunk), other=0.0)
+                v = tl.where(has_block[:, None], cast(exact, tl.float16), v)
+            tl.store(values_ptr + offsets[:, None] + channels[None, :], v, mask=_both(is_written, in_chunk))
 
 
 @triton.jit
-def _dequantise(packed, scale, zero):
-    """[N, C] bytes, [N] scale and zero -> [N, 4 * C] float32."""
-    c0 = (packed & 3).to(tl.float32)
-    c1 = ((packed >> 2) & 3).to(tl.float32)
-    c2 = ((packed >> 4) & 3).to(tl.float32)
-    c3 = (packed >> 6).to(tl.float32)
-    return interleave_four(c0, c1, c2, c3) * scale[:, None] + zero[:, None]
+def _both(tokens, channels):
+    return tokens[:, None] & channels[None, :]
+
+
+@triton.jit
+def _chunk_channels(PARTS: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
+    """Channels of a chunk in the row, padding included, and which of them it has."""
+    FIRST: tl.constexpr = PARTS[P][CHANNEL + CHUNK_ENTRIES * C]
+    COUNT: tl.constexpr = PARTS[P][CHANNELS + CHUNK_ENTRIES * C]
+    WIDE: tl.constexpr = PARTS[P][POSITIONS + CHUNK_ENTRIES * C] * PARTS[P][COLUMNS + CHUNK_ENTRIES * C]
+    lanes = tl.arange(0, WIDE)
+    return FIRST + lanes, lanes < COUNT
+
+
+@triton.jit
+def _values(words, scale, middle, PARTS: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
+    """[N, width] float32 of a chunk, 0 where nothing is read, for there scale and middle are. words: of `load_part`."""
+    WIDTH: tl.constexpr = PARTS[P][BITS]
+    FACTOR: tl.constexpr = PARTS[P][UNIT]
+    CURVE: tl.constexpr = PARTS[P][BEND]
+    COUNT: tl.constexpr = PARTS[P][POSITIONS + CHUNK_ENTRIES * C]
+    levels = ()
+    for i in tl.static_range(COUNT):
+        levels += (levels_at(words, i, WIDTH, CURVE),)
+    return interleave(levels).to(tl.float32) * (scale * FACTOR)[:, None] + middle[:, None]
+
+
+@triton.jit
+def _residuals(signs, norms, sketch_ptr, channels, in_chunk, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[N, width] float32 vectors that stand for the keys' residuals (`quantizers.qjl.dequantize`), at some channels.
+
+    Args:
+        signs: [N, columns] uint16 words, norms: [N] float32. sketch_ptr: S [D, D] fp16.
+    """
+    COUNT: tl.constexpr = BLOCK_D // signs.shape[1]
+    columns = tl.arange(0, signs.shape[1])
+    mask = (columns < D // COUNT)[:, None] & in_chunk[None, :]
+    found = tl.zeros([signs.shape[0], channels.shape[0]], tl.float32)
+    for i in tl.static_range(COUNT):
+        rows = sketch_ptr + (columns * COUNT + i) * D
+        sketch = tl.load(rows[:, None] + channels[None, :], mask=mask, other=0.0)
+        found = tl.dot(levels_at((signs,), i, 1, 0.0), sketch, found)
+    return found * (norms * (_SIGN_UNIT / D))[:, None]

@@ -4,9 +4,10 @@
 import pytest
 import torch
 
-from vllm_kvcompress.formats import get_format, gpu_format_names
+from vllm_kvcompress.formats import format_names, get_format
 from vllm_kvcompress.formats.base import SUPPORTED_HEAD_DIMS, write_tokens
 from vllm_kvcompress.kernels.reference import attend_reference
+from vllm_kvcompress.quantizers import qjl
 from vllm_kvcompress.triton_kernels.attend import attend, workspace_elements
 
 BLOCK = 16
@@ -38,6 +39,9 @@ class Batch:
         self.requests, self.kv_heads, self.group, self.dim = requests, kv_heads, group, dim
         self.sinks, self.recent, self.window_dtype = sinks, recent, window_dtype
         self.layout = get_format(name).layout(dim, page_tokens)
+        self.sketch = None
+        if self.layout.keys.signs is not None:
+            self.sketch = qjl.sketch_matrix(dim, 0, orthogonal=True).half().contiguous()
         lengths = [past + new for past, new in requests]
         max_pages = max(1, *(-(-n // page_tokens) for n in lengths))
         max_blocks = max(1, *(-(-n // BLOCK) for n in lengths))
@@ -99,6 +103,7 @@ class Batch:
             max_query_len=max_query_len or max(new for _, new in self.requests),
             num_splits=num_splits,
             workspace=torch.full((elements,), torch.nan, device=device) if elements else None,
+            sketch=None if self.sketch is None else self.sketch.to(device),
         )
         assert out[self.total :].isnan().all(), "padding rows are not written"
         return out[: self.total].cpu()
@@ -136,7 +141,7 @@ def assert_close(got, expected, tolerance=TOLERANCE):
 MIXED = [(0, 3), (270, 1), (129, 1), (0, 0), (1, 1), (128, 2), (57, 0)]
 
 
-@pytest.mark.parametrize("name", gpu_format_names())
+@pytest.mark.parametrize("name", format_names())
 def test_mixed_batch(device, name):
     Batch(MIXED, group=2, name=name, missing=0.3).check(device, num_splits=2)
 
@@ -164,6 +169,38 @@ def test_many_splits(device):
 def test_head_sizes(device, dim, new):
     """5 and 9 tokens of 4 heads take the higher tiles."""
     Batch([(150, new)], dim=dim).check(device)
+
+
+@pytest.mark.parametrize("name", ["turboquant-4", "turboquant-3.5-qjl", "turboquant-2.5-qjl", "oscar-int2-qjl"])
+@pytest.mark.parametrize("dim", [96, 128, 256])
+def test_parts(device, dim, name):
+    """Parts that are no power of two, and of every width."""
+    Batch([(150, 1)], dim=dim, name=name, kv_heads=2).check(device, num_splits=2)
+
+
+@pytest.mark.parametrize(
+    "name,dim,new", [("turboquant-2.5", 64, 9), ("turboquant-3.5", 128, 5), ("turboquant-3.5-qjl", 96, 33)]
+)
+def test_parts_in_higher_tiles(device, name, dim, new):
+    Batch([(150, new), (270, 1)], dim=dim, name=name, group=3, missing=0.2).check(device)
+
+
+@pytest.mark.parametrize("name", ["turboquant-4", "turboquant-2.5-qjl"])
+def test_null_pages_of_parts(device, name):
+    batch = Batch([(300, 1), (200, 1)], group=2, name=name, missing=0.3)
+    batch.table[0, 1] = 0
+    batch.table[1] = 0
+    batch.check(device)
+    batch.check(device, windows=False, num_splits=2)
+
+
+@pytest.mark.parametrize("size", [2.0**-10, 2.0**10])
+@pytest.mark.parametrize("name", ["turboquant-3.5-qjl", "oscar-int2-qjl"])
+def test_parts_of_any_size(device, name, size):
+    """Values at either end of fp16's range, and small queries: of large ones scores are too exact for fp16 sketches."""
+    batch = Batch([(300, 1)], group=2, name=name, recent=0, sinks=0, value_size=size)
+    batch.q *= min(size, 1.0)
+    batch.check(device)
 
 
 @pytest.mark.parametrize("new", range(1, 9))
@@ -273,4 +310,8 @@ def test_refusals(device):
     batch = Batch([(20, 1)])
     batch.windows = batch.windows[:, :, ::2]
     with pytest.raises(ValueError, match="window_cache must be uint8"):
+        batch.run(device)
+    batch = Batch([(20, 1)], name="turboquant-2.5-qjl")
+    batch.sketch = None
+    with pytest.raises(ValueError, match="sketch matrix goes with keys that have signs"):
         batch.run(device)

@@ -75,6 +75,7 @@ def _history(name, dim, window_dtype, windows):
         "window_dtype": window_dtype,
         "sink_tokens": 64,
         "recent_tokens": 256,
+        "sketch": torch.empty(dim, dim, dtype=torch.float16) if layout.keys.signs is not None else None,
     }
 
 
@@ -140,11 +141,19 @@ ROWS = {
         lambda: attend("oscar-int2", 128, 1, num_splits=4),
         lambda: attend("oscar-int2", 256, 8),
         lambda: attend("int2", 96, 8, windows=False, out_dtype=torch.float32),
+        lambda: attend("turboquant-4", 128, 1),
+        lambda: attend("turboquant-3.5", 128, 8, windows=False),
+        lambda: attend("turboquant-2.5-qjl", 64, 1, windows=False, num_splits=4),
+        lambda: attend("oscar-int2-qjl", 96, 1, windows=False),
     ],
     "gather": [
         lambda: gather("oscar-int2", 128),
         lambda: gather("int2", 96, windows=False),
         lambda: gather("oscar-int2", 256),
+        lambda: gather("turboquant-4", 128),
+        lambda: gather("turboquant-3.5", 96, windows=False),
+        lambda: gather("turboquant-2.5-qjl", 64),
+        lambda: gather("oscar-int2-qjl", 256, windows=False),
     ],
     "merge": [
         lambda: merge(96, torch.float16, rotated=False),

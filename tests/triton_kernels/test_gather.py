@@ -4,14 +4,19 @@
 import pytest
 import torch
 
-from vllm_kvcompress.formats import get_format, gpu_format_names
+from vllm_kvcompress.formats import format_names, get_format
 from vllm_kvcompress.formats.base import SUPPORTED_HEAD_DIMS, page_fields, read_pages
+from vllm_kvcompress.quantizers import qjl
 from vllm_kvcompress.triton_kernels.gather import gather_history
 
 BLOCK = 16
 # Rounding to fp16 is the last step, 2^-11 of the value. Before it float32 rounds a product and two sums, 2^-24 each of
 # terms of at most 16 here, which shows where they cancel.
 RTOL, ATOL = 2**-11 + 2**-20, 2**-18
+# Lloyd-Max levels are fp16 themselves: three roundings of at most 2^-11, two of them of a level's bend alone, a third
+# of it. Norms here are below 5 and levels below 0.6: 5 * 0.6 * 5/3 * 2^-11 = 2.4e-3, seen where a mean cancels them.
+# The sketch is fp16: 2^-12 of D terms of 0.8 on average, times the norm and sqrt(pi / 2) / D: 1.2e-3 if all agree.
+LEVEL_ATOL = 4e-3
 
 
 class History:
@@ -22,6 +27,9 @@ class History:
     ):
         self.requests, self.dim, self.heads, self.dtype = requests, dim, heads, dtype
         self.layout = get_format(name).layout(dim, page_tokens)
+        self.sketch = None
+        if self.layout.keys.signs is not None:
+            self.sketch = qjl.sketch_matrix(dim, 0, orthogonal=True).half().contiguous()
         self.history = [past for past, _ in requests]
         count, longest = len(requests), max(1, *self.history)
         max_pages, max_blocks = -(-longest // page_tokens), -(-longest // BLOCK)
@@ -37,9 +45,11 @@ class History:
         for row, past in enumerate(self.history):
             t = torch.arange(past)
             page, offset = self.table[row].long()[t // page_tokens], t % page_tokens
-            for codes, scales in ((fields.k_codes, fields.k_scales), (fields.v_codes, fields.v_scales)):
-                codes[page, :, offset] = torch.randint(256, (past, heads, dim // 4)).to(torch.uint8)
-                scales[page, :, offset] = torch.randn(past, heads, 2).half()
+            for rows in (fields.keys, fields.values):
+                for packed in (*rows.codes, *([] if rows.signs is None else [rows.signs])):
+                    packed[page, :, offset] = torch.randint(256, (past, heads, packed.shape[-1])).to(torch.uint8)
+                for halves in (*rows.scales, *([] if rows.sign_norms is None else [rows.sign_norms])):
+                    halves[page, :, offset] = torch.randn(past, heads, *halves.shape[3:]).half()
             if fields.k_mean is not None:
                 own = page.unique()
                 fields.k_mean[own] = torch.randn(len(own), heads, dim).half()
@@ -69,6 +79,7 @@ class History:
             window_dtype=self.dtype,
             sink_tokens=sinks,
             recent_tokens=recent,
+            sketch=None if self.sketch is None else self.sketch.to(device),
         )
         return keys.cpu(), values.cpu(), cu_history
 
@@ -90,18 +101,19 @@ class History:
     def check(self, device, tile_tokens, sinks=40, recent=77, windows=True):
         for first in range(0, max(self.history) + 1, tile_tokens):
             keys, values, cu_history = self.tile(device, first, tile_tokens, sinks, recent, windows)
+            atol = ATOL if self.layout.is_two_bit else LEVEL_ATOL
             for row in range(len(self.history)):
                 own = slice(int(cu_history[row]), int(cu_history[row + 1]))
                 expected = self.expected(row, sinks, recent, windows)[:, first : first + tile_tokens]
                 for got, exact in zip((keys[own], values[own]), expected, strict=True):
-                    torch.testing.assert_close(got.float(), exact, rtol=RTOL, atol=ATOL)
+                    torch.testing.assert_close(got.float(), exact, rtol=RTOL, atol=atol)
             assert keys[cu_history[-1] :].isnan().all() and values[cu_history[-1] :].isnan().all()
 
 
 MIXED = [(0, 5), (300, 1), (128, 0), (1, 70), (0, 0)]
 
 
-@pytest.mark.parametrize("name", gpu_format_names())
+@pytest.mark.parametrize("name", format_names())
 def test_mixed_batch(device, name):
     History(MIXED, name, heads=1).check(device, 256)
 
@@ -117,6 +129,15 @@ def test_without_windows(device):
 @pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
 def test_head_sizes(device, dim):
     History([(140, 1), (30, 2)], dim=dim, heads=1).check(device, 128)
+
+
+@pytest.mark.parametrize("name", ["turboquant-4", "turboquant-3.5", "turboquant-2.5-qjl", "oscar-int2-qjl"])
+@pytest.mark.parametrize("dim", [96, 128, 256])
+def test_parts(device, dim, name):
+    """Parts that are no power of two, and of every width; a null page."""
+    history = History([(140, 1), (30, 2)], name, dim=dim, heads=2)
+    history.table[0, 0] = 0
+    history.check(device, 256)
 
 
 @pytest.mark.parametrize("sinks,recent", [(0, 64), (64, 0), (5, 3), (4096, 4096), (130, 129)])
@@ -160,3 +181,10 @@ def test_refusals(device):
         history.tile(device, 64, 128, 0, 0)
     with pytest.raises(ValueError, match="whole pages of 128"):
         history.tile(device, 0, 192, 0, 0)
+    history.sketch = torch.zeros(history.dim, history.dim).half()
+    with pytest.raises(ValueError, match="only with those"):
+        history.tile(device, 0, 128, 0, 0)
+    history = History([(20, 1)], "turboquant-2.5-qjl")
+    history.sketch = history.sketch.mT
+    with pytest.raises(ValueError, match="sketches are contiguous float16"):
+        history.tile(device, 0, 128, 0, 0)
