@@ -23,6 +23,7 @@ from vllm_kvcompress.attention.gpu_warmup import run_step
 from vllm_kvcompress.attention.window_layer import WindowMetadata
 from vllm_kvcompress.formats import format_names, get_format
 from vllm_kvcompress.formats.base import read_pages, sketch_matrix, write_tokens
+from vllm_kvcompress.kernels import cuda_ops
 from vllm_kvcompress.kernels.reference import attend_reference
 
 PAGE, BLOCK, SCALE = 128, 16, 0.1
@@ -339,11 +340,14 @@ def cuda_op(monkeypatch):
 
     def decode(
         q, new_kv, pages, window_cache, block_table, window_table, query_start_loc, seq_lens, v_unrotation, out,
-        workspace, max_query_len, head_dim, page_means, window_is_bf16, sink_tokens, recent_tokens, scale,
+        workspace, max_query_len, head_dim, code, level_scale, level_bend, more_level_scale, more_level_bend,
+        page_means, window_is_bf16, sink_tokens, recent_tokens, scale,
     ):  # fmt: skip
         assert int(query_start_loc.diff().max()) <= max_query_len and head_dim == q.shape[-1]
-        assert page_means == (pages.shape[-1] != get_format("int2").layout(head_dim, PAGE).head_bytes)
-        layout = get_format("oscar-int2" if page_means else "int2").layout(head_dim, PAGE)
+        layout = get_format({2: "oscar-int2" if page_means else "int2", 4: "turboquant-4"}[code]).layout(head_dim, PAGE)
+        assert pages.shape[-1] == layout.head_bytes and page_means == (layout.k_mean is not None)
+        levels = (code, level_scale, level_bend, more_level_scale, more_level_bend)
+        assert cuda_ops.code_arguments(layout) == levels
         window_dtype = torch.bfloat16 if window_is_bf16 else torch.float16
         keys, values = new_kv[: len(q)].chunk(2, dim=-1)
         found = attend_reference(
@@ -364,7 +368,7 @@ def cuda_op(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the oracle stands in for the op; tests/gpu has the op itself")
-@pytest.mark.parametrize("name", ["oscar-int2", "int2"])
+@pytest.mark.parametrize("name", ["oscar-int2", "int2", "turboquant-4"])
 @pytest.mark.parametrize("flash", [False, True], ids=["pages", "flash"])
 @pytest.mark.parametrize("windows", [None, (16, 40)])
 def test_decodes_by_the_cuda_op(cuda_op, name, flash, windows):
