@@ -7,8 +7,8 @@ namespace vllm_kvcompress {
 const char* launch_decode(const DecodeParams& p, cudaStream_t stream) {
   if (p.num_reqs == 0 || p.num_tokens == 0) return nullptr;
   if (p.max_query_len < 1 || p.max_query_len > sm90::kMaxNewTokens) return "max_query_len must be 1 to 8";
-  if (p.window_cache != nullptr && p.window_block_tokens != sm90::kBlockTokens)
-    return "window blocks must hold 16 tokens";
+  if (p.window_cache != nullptr && p.window_block_tokens % sm90::kBlockTokens)
+    return "window blocks must hold a multiple of 16 tokens";
   if (p.workspace_elements < decode_workspace_elements(p.num_kv_heads, p.num_heads / p.num_kv_heads, p.head_dim,
                                                        p.num_reqs, p.max_query_len))
     return "the workspace is smaller than decode_workspace_elements says";

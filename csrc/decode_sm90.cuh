@@ -22,7 +22,7 @@ constexpr int kWarps = 4;                           // compute warps of a CTA; o
 constexpr int kThreads = 32 * (kWarps + 1);
 constexpr int kComputeThreads = 32 * kWarps;
 constexpr int kWarpTokens = kPageTokens / kWarps;   // tokens of a page one warp reads
-constexpr int kBlockTokens = 16;                    // tokens of a window block
+constexpr int kBlockTokens = 16;                    // tokens of a window block, or of a part of one, read at a time
 constexpr int kMaxNewTokens = 8;
 constexpr int kMaxCtas = 512;                       // bound on the grid, for sizing the workspace
 // Steps that read fewer bytes leave the L2 to what others keep there: no page is read twice. Steps that read many times
@@ -450,6 +450,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
   // ---- loader ----
   if (warp == kWarps) {
     const uint64_t policy = total * p.head_bytes < kEvictFirstBytes ? evict_first() : evict_normal();
+    const int block_parts = windows ? p.window_block_tokens / kBlockTokens : 1;
     int stage = 0;
     uint32_t parity = 1;  // the first round of stages is empty already
     while (u < u_end) {
@@ -491,7 +492,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
             for (int part = 0; part * kBlockTokens < count; ++part) {
               const int begin = first + part * kBlockTokens, end = min(begin + kBlockTokens, first + count);
               const bool touched = begin < r.sink_end || end > r.recent_begin;
-              const bool present = touched && __ldg(window_table + begin / kBlockTokens) != 0;
+              const bool present = touched && __ldg(window_table + begin / kBlockTokens / block_parts) != 0;
               mask |= present << part;
               covered &= present && (end <= r.sink_end || begin >= r.recent_begin || r.sink_end >= r.recent_begin);
             }
@@ -513,12 +514,12 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
           bytes = r.num_new * S::kRowBytes;
         }
         if (block >= 0) {
-          const int id = __ldg(window_table + block);
+          const int id = __ldg(window_table + block / block_parts);
           if (id == 0) {
             unit = {kSkip, 0, 0, 0};
           } else {
             source = static_cast<const uint8_t*>(p.window_cache) + id * p.window_block_stride +
-                     static_cast<int64_t>(head) * S::kBlockBytes;
+                     static_cast<int64_t>(head * block_parts + block % block_parts) * S::kBlockBytes;
             bytes = S::kBlockBytes;
           }
         }

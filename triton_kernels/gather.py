@@ -20,15 +20,19 @@ from vllm_kvcompress.triton_kernels._paged import (
     CHANNEL,
     CHANNELS,
     CHUNK_ENTRIES,
+    CODES,
     COLUMNS,
     POSITIONS,
+    SCALES,
     UNIT,
     interleave,
+    interleave_four,
     is_windowed,
     levels_at,
     load_halves,
     load_part,
     load_part_scales,
+    load_scales,
     load_words,
     request_lengths,
     window_rows,
@@ -116,6 +120,7 @@ def gather_history(
         first_token,
         sink_tokens,
         recent_tokens,
+        TWO_BIT=layout.is_two_bit,
         WINDOW_BLOCK=window_block,
         BLOCK_T=block_t,
         num_warps=4 if layout.head_dim <= 128 else 8,
@@ -148,6 +153,7 @@ def _gather_kernel(
     BLOCK_D: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     HEAD_BYTES: tl.constexpr,
+    TWO_BIT: tl.constexpr,
     K_AFFINE: tl.constexpr,
     V_AFFINE: tl.constexpr,
     K_PARTS: tl.constexpr,
@@ -179,55 +185,98 @@ def _gather_kernel(
     head_ptr = pages_ptr + page.to(tl.int64) * page_stride + kv_head * HEAD_BYTES
     in_page = begin % PAGE_TOKENS + lanes
     read = exists & in_history
-    touches_window = (begin < sink_tokens) | (begin + BLOCK_T > history - recent_tokens)
-    exact_rows = None
-    has_block = None
-    if window_ptr is not None:
-        window_row = window_table_ptr + request.to(tl.int64) * window_table_stride
-        windowed = is_windowed(positions, history, sink_tokens, recent_tokens)
-        block = tl.load(window_row + positions // WINDOW_BLOCK, mask=windowed, other=0)
-        has_block = block != 0
-        exact_rows = window_rows(window_ptr, window_stride, block, positions, kv_head, WINDOW_BLOCK, D)
     row = tl.load(cu_history_ptr + request) + in_tile + lanes
     offsets = (row.to(tl.int64) * NUM_KV_HEADS + kv_head) * D
     is_written = in_history & (row < capacity)
+    touches_window = (begin < sink_tokens) | (begin + BLOCK_T > history - recent_tokens)
+    window_row = table_ptr
+    if window_ptr is not None:
+        window_row = window_table_ptr + request.to(tl.int64) * window_table_stride
+    if TWO_BIT:  # whole rows at once, tuned and measured; the others go by parts and chunks of them
+        # Masked, all is zero, and so is what they make of it.
+        k_scale, k_zero = load_scales(head_ptr, K_PARTS[0][SCALES], in_page, read)
+        v_scale, v_zero = load_scales(head_ptr, V_PARTS[0][SCALES], in_page, read)
+        quads = tl.arange(0, BLOCK_D // 4)
+        codes = in_page[:, None] * (D // 4) + quads[None, :]
+        code_mask = exists & (quads < D // 4)[None, :]
+        k = _dequantise(tl.load(head_ptr + K_PARTS[0][CODES] + codes, mask=code_mask, other=0), k_scale, k_zero)
+        v = _dequantise(tl.load(head_ptr + V_PARTS[0][CODES] + codes, mask=code_mask, other=0), v_scale, v_zero)
+        channels = tl.arange(0, BLOCK_D)
+        in_channels = channels < D
+        if K_MEAN is not None:
+            mean_ptr = (head_ptr + K_MEAN).to(tl.pointer_type(tl.float16), bitcast=True)
+            mean = tl.load(mean_ptr + channels, mask=exists & in_channels, other=0.0)
+            k += mean.to(tl.float32)[None, :]
+        k = cast(k, tl.float16)
+        v = cast(v, tl.float16)
+        if window_ptr is not None and touches_window:
+            windowed = is_windowed(positions, history, sink_tokens, recent_tokens)
+            block = tl.load(window_row + positions // WINDOW_BLOCK, mask=windowed, other=0)
+            kv = window_rows(window_ptr, window_stride, block, positions, kv_head, WINDOW_BLOCK, D)
+            kv = kv[:, None] + channels[None, :]
+            has_block = (block != 0)[:, None]
+            kv_mask = has_block & in_channels[None, :]
+            k = tl.where(has_block, cast(tl.load(kv, mask=kv_mask, other=0.0), tl.float16), k)
+            v = tl.where(has_block, cast(tl.load(kv + D, mask=kv_mask, other=0.0), tl.float16), v)
+        mask = _both(is_written, in_channels)
+        tl.store(keys_ptr + offsets[:, None] + channels[None, :], k, mask=mask)
+        tl.store(values_ptr + offsets[:, None] + channels[None, :], v, mask=mask)
+    else:
+        exact_rows = None
+        has_block = None
+        if window_ptr is not None:
+            windowed = is_windowed(positions, history, sink_tokens, recent_tokens)
+            block = tl.load(window_row + positions // WINDOW_BLOCK, mask=windowed, other=0)
+            has_block = block != 0
+            exact_rows = window_rows(window_ptr, window_stride, block, positions, kv_head, WINDOW_BLOCK, D)
+        signs = None
+        sign_norms = None
+        if SIGNS is not None:
+            SIGN_COLUMNS: tl.constexpr = BLOCK_D // 8 if BLOCK_D > 64 else 16
+            sign_rows = head_ptr + SIGNS + in_page * (D // 8)
+            signs = load_words(sign_rows, exists, 1, D, BLOCK_D // SIGN_COLUMNS, SIGN_COLUMNS)
+            sign_norms = load_halves(head_ptr, SIGN_NORMS, in_page, read)
+        mean_ptr = None
+        if K_MEAN is not None:
+            mean_ptr = (head_ptr + K_MEAN).to(tl.pointer_type(tl.float16), bitcast=True)
+        for p in tl.static_range(len(K_PARTS)):
+            words = load_part(head_ptr, in_page, exists, K_PARTS, p)
+            scale, middle = load_part_scales(head_ptr, in_page, read, K_AFFINE, K_PARTS, p)
+            for c in tl.static_range(len(words)):
+                k = _values(words[c], scale, middle, K_PARTS, p, c)
+                channels, in_chunk = _chunk_channels(K_PARTS, p, c)
+                if K_MEAN is not None:
+                    mean = tl.load(mean_ptr + channels, mask=exists & in_chunk, other=0.0)
+                    k += mean.to(tl.float32)[None, :]
+                if SIGNS is not None:
+                    k += _residuals(signs, sign_norms, sketch_ptr, channels, in_chunk, D, BLOCK_D)
+                k = cast(k, tl.float16)
+                if window_ptr is not None and touches_window:
+                    exact = tl.load(exact_rows[:, None] + channels[None, :], mask=_both(has_block, in_chunk), other=0.0)
+                    k = tl.where(has_block[:, None], cast(exact, tl.float16), k)
+                tl.store(keys_ptr + offsets[:, None] + channels[None, :], k, mask=_both(is_written, in_chunk))
+        for p in tl.static_range(len(V_PARTS)):
+            words = load_part(head_ptr, in_page, exists, V_PARTS, p)
+            scale, middle = load_part_scales(head_ptr, in_page, read, V_AFFINE, V_PARTS, p)
+            for c in tl.static_range(len(words)):
+                v = cast(_values(words[c], scale, middle, V_PARTS, p, c), tl.float16)
+                channels, in_chunk = _chunk_channels(V_PARTS, p, c)
+                if window_ptr is not None and touches_window:
+                    exact = tl.load(
+                        exact_rows[:, None] + D + channels[None, :], mask=_both(has_block, in_chunk), other=0.0
+                    )
+                    v = tl.where(has_block[:, None], cast(exact, tl.float16), v)
+                tl.store(values_ptr + offsets[:, None] + channels[None, :], v, mask=_both(is_written, in_chunk))
 
-    signs = None
-    sign_norms = None
-    if SIGNS is not None:
-        SIGN_COLUMNS: tl.constexpr = BLOCK_D // 8 if BLOCK_D > 64 else 16
-        sign_rows = head_ptr + SIGNS + in_page * (D // 8)
-        signs = load_words(sign_rows, exists, 1, D, BLOCK_D // SIGN_COLUMNS, SIGN_COLUMNS)
-        sign_norms = load_halves(head_ptr, SIGN_NORMS, in_page, read)
-    mean_ptr = None
-    if K_MEAN is not None:
-        mean_ptr = (head_ptr + K_MEAN).to(tl.pointer_type(tl.float16), bitcast=True)
-    for p in tl.static_range(len(K_PARTS)):
-        words = load_part(head_ptr, in_page, exists, K_PARTS, p)
-        scale, middle = load_part_scales(head_ptr, in_page, read, K_AFFINE, K_PARTS, p)
-        for c in tl.static_range(len(words)):
-            k = _values(words[c], scale, middle, K_PARTS, p, c)
-            channels, in_chunk = _chunk_channels(K_PARTS, p, c)
-            if K_MEAN is not None:
-                mean = tl.load(mean_ptr + channels, mask=exists & in_chunk, other=0.0)
-                k += mean.to(tl.float32)[None, :]
-            if SIGNS is not None:
-                k += _residuals(signs, sign_norms, sketch_ptr, channels, in_chunk, D, BLOCK_D)
-            k = cast(k, tl.float16)
-            if window_ptr is not None and touches_window:
-                exact = tl.load(exact_rows[:, None] + channels[None, :], mask=_both(has_block, in_chunk), other=0.0)
-                k = tl.where(has_block[:, None], cast(exact, tl.float16), k)
-            tl.store(keys_ptr + offsets[:, None] + channels[None, :], k, mask=_both(is_written, in_chunk))
-    for p in tl.static_range(len(V_PARTS)):
-        words = load_part(head_ptr, in_page, exists, V_PARTS, p)
-        scale, middle = load_part_scales(head_ptr, in_page, read, V_AFFINE, V_PARTS, p)
-        for c in tl.static_range(len(words)):
-            v = cast(_values(words[c], scale, middle, V_PARTS, p, c), tl.float16)
-            channels, in_chunk = _chunk_channels(V_PARTS, p, c)
-            if window_ptr is not None and touches_window:
-                exact = tl.load(exact_rows[:, None] + D + channels[None, :], mask=_both(has_block, in_chunk), other=0.0)
-                v = tl.where(has_block[:, None], cast(exact, tl.float16), v)
-            tl.store(values_ptr + offsets[:, None] + channels[None, :], v, mask=_both(is_written, in_chunk))
+
+@triton.jit
+def _dequantise(packed, scale, zero):
+    """[N, C] bytes of 2-bit codes, [N] scale and zero -> [N, 4 * C] float32."""
+    c0 = (packed & 3).to(tl.float32)
+    c1 = ((packed >> 2) & 3).to(tl.float32)
+    c2 = ((packed >> 4) & 3).to(tl.float32)
+    c3 = (packed >> 6).to(tl.float32)
+    return interleave_four(c0, c1, c2, c3) * scale[:, None] + zero[:, None]
 
 
 @triton.jit

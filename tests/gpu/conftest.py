@@ -55,11 +55,12 @@ class Step:
         padding=0,
         out_dtype=torch.float16,
         query_scale=1.0,
+        block=16,
     ):
         from vllm_kvcompress.formats.base import PAGE_TOKENS, page_fields
 
         device = torch.device("cuda")
-        self.page_tokens, self.block = PAGE_TOKENS, 16
+        self.page_tokens, self.block = PAGE_TOKENS, block
         self.layout = page_format.layout(dim, PAGE_TOKENS)
         self.heads, self.group, self.dim = heads, group, dim
         self.sinks, self.recent, self.window_dtype = sinks, recent, window_dtype

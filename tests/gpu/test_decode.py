@@ -86,6 +86,17 @@ def test_formats_and_windows(make_step, worst_error, dim, name, windows):
     check(step, worst_error)
 
 
+@pytest.mark.parametrize("windows", [(64, 256), (5, 100), (40, 0)])
+@pytest.mark.parametrize("dim,name", [(64, "turboquant-4"), (128, "turboquant-4"), (128, "hadamard-int2")])
+def test_larger_window_blocks(make_step, worst_error, dim, name, windows):
+    """Pages of 4 bits are as large as 32 tokens in 16 bits, and a companion block holds as many."""
+    step = make_step(
+        [(n, 1) for n in MIXED], heads=3, group=4, dim=dim, page_format=get_format(name), sinks=windows[0],
+        recent=windows[1], missing=0.3, block=32,
+    )  # fmt: skip
+    check(step, worst_error)
+
+
 @pytest.mark.parametrize("batch", [3, 17, 40])
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16])
 @pytest.mark.parametrize("dim,name", [case for case in READ if case[1] != "int2"])
