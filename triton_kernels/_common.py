@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_kvcompress.formats.base import PageLayout
+
 FP16_MAX = tl.constexpr(65504.0)
 BLOCK_K = tl.constexpr(32)
 """Channels multiplied at a time."""
@@ -93,4 +95,21 @@ def check_rotation(rotation: torch.Tensor | None, num_kv_heads: int, head_dim: i
         raise ValueError(
             f"rotations are contiguous float16 {list(expected)}, got {rotation.dtype} {list(rotation.shape)} "
             f"with strides {rotation.stride()}"
+        )
+
+
+def check_sketch(sketch: torch.Tensor | None, layout: PageLayout) -> None:
+    """
+    Raises:
+        ValueError: the sketch is missing, superfluous or not a contiguous fp16 [D, D].
+    """
+    if (sketch is None) != (layout.keys.signs is None):
+        raise ValueError("a sketch matrix goes with keys that have signs, and only with those")
+    if sketch is None:
+        return
+    expected = (layout.head_dim, layout.head_dim)
+    if sketch.shape != expected or sketch.dtype != torch.float16 or not sketch.is_contiguous():
+        raise ValueError(
+            f"sketches are contiguous float16 {list(expected)}, got {sketch.dtype} {list(sketch.shape)} "
+            f"with strides {sketch.stride()}"
         )

@@ -406,23 +406,6 @@ def _chunks(first: int, channels: int, bits: int, columns: int) -> list[tuple[in
     return chunks
 
 
-def check_sketch(sketch: torch.Tensor | None, layout: PageLayout) -> None:
-    """
-    Raises:
-        ValueError: the sketch is missing, superfluous or not a contiguous fp16 [D, D].
-    """
-    if (sketch is None) != (layout.keys.signs is None):
-        raise ValueError("a sketch matrix goes with keys that have signs, and only with those")
-    if sketch is None:
-        return
-    expected = (layout.head_dim, layout.head_dim)
-    if sketch.shape != expected or sketch.dtype != torch.float16 or not sketch.is_contiguous():
-        raise ValueError(
-            f"sketches are contiguous float16 {list(expected)}, got {sketch.dtype} {list(sketch.shape)} "
-            f"with strides {sketch.stride()}"
-        )
-
-
 def window_view(
     window_cache: torch.Tensor | None, window_table: torch.Tensor | None, window_dtype: torch.dtype, layout: PageLayout
 ) -> tuple[torch.Tensor | None, int, int, int]:

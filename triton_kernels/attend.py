@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from vllm_kvcompress.formats.base import PageLayout
-from vllm_kvcompress.triton_kernels import _paged
+from vllm_kvcompress.triton_kernels import _common, _paged
 from vllm_kvcompress.triton_kernels._common import BLOCK_K, cast
 from vllm_kvcompress.triton_kernels._paged import (
     BEND,
@@ -106,7 +106,7 @@ def attend(
     tokens, query_heads, head_dim = q.shape
     heads, requests = pages.shape[1], seq_lens.shape[0]
     constants = _paged.page_constants(pages, layout)
-    _paged.check_sketch(sketch, layout)
+    _common.check_sketch(sketch, layout)
     windows, window_stride, window_table_stride, window_block = _paged.window_view(
         window_cache, window_table, window_dtype, layout
     )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_kvcompress.formats.base import PageLayout
-from vllm_kvcompress.triton_kernels import _paged
+from vllm_kvcompress.triton_kernels import _common, _paged
 from vllm_kvcompress.triton_kernels._common import cast
 from vllm_kvcompress.triton_kernels._paged import (
     BEND,
@@ -81,7 +81,7 @@ def gather_history(
         ValueError: shapes, dtypes or strides do not fit.
     """
     constants = _paged.page_constants(pages, layout)
-    _paged.check_sketch(sketch, layout)
+    _common.check_sketch(sketch, layout)
     windows, window_stride, window_table_stride, window_block = _paged.window_view(
         window_cache, window_table, window_dtype, layout
     )

@@ -113,7 +113,7 @@ def store(
     """
     tokens, heads, head_dim = key.shape
     _check(pages, layout, key, value, slot_mapping, window_cache, window_slots, window_dtype, new_kv)
-    _check_sketch(layout, sketch)
+    _common.check_sketch(sketch, layout)
     _common.check_rotation(k_rotation, heads, head_dim)
     _common.check_rotation(v_rotation, heads, head_dim)
     requests = seq_lens.shape[0]
@@ -199,17 +199,6 @@ def _tile(tokens: int, layout: PageLayout) -> tuple[int, int, int]:
     if tokens <= 2048 or not layout.is_two_bit:
         return 64 if head_dim <= 128 else 32, 4, 168
     return 128 if head_dim <= 128 else 64, 8, 128
-
-
-def _check_sketch(layout: PageLayout, sketch: torch.Tensor | None) -> None:
-    if (sketch is None) != (layout.keys.signs is None):
-        raise ValueError("a sketch goes with layouts whose keys have signs, and only with them")
-    expected = (layout.head_dim, layout.head_dim)
-    if sketch is not None and (sketch.shape != expected or sketch.dtype != torch.float16 or not sketch.is_contiguous()):
-        raise ValueError(
-            f"sketches are contiguous float16 {list(expected)}, got {sketch.dtype} {list(sketch.shape)} with strides "
-            f"{sketch.stride()}"
-        )
 
 
 def _check(
