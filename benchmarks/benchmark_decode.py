@@ -159,7 +159,7 @@ class Ours(Peer):
         elements = decode_workspace_elements(self.kernel, device, NUM_KV_HEADS, GROUP, HEAD_DIM, shape.batch, 1)
         workspace = torch.empty(elements, dtype=torch.float32, device=device)
         unrotated = self.query(shape, torch.bfloat16)
-        sketch = sketch_matrix(HEAD_DIM).half().contiguous().to(device) if self.layout.keys.signs is not None else None
+        sketch = sketch_matrix(HEAD_DIM).half().to(device) if self.layout.keys.signs is not None else None
         rotation, unrotation = (common.random_orthogonal(NUM_KV_HEADS, HEAD_DIM, self.device) for _ in range(2))
 
         def attend() -> torch.Tensor:
@@ -398,10 +398,6 @@ OTHERS = (
 """Formats with other quantisers; without windows."""
 
 
-def _ours(name: str, shapes: list[Shape], device: str) -> Peer:
-    return Ours(shapes, device, name)
-
-
 OURS, WINDOWED, STATIC = "oscar-int2", "oscar-int2 + windows", "oscar-int2-static"
 ROTATED, TRITON = "oscar-int2 + rotations", "oscar-int2 + windows + Triton"
 PEERS: dict[str, Callable[[list[Shape], str], Peer]] = {
@@ -412,7 +408,7 @@ PEERS: dict[str, Callable[[list[Shape], str], Peer]] = {
     STATIC: lambda shapes, device: Ours(shapes, device, STATIC),
     ROTATED: lambda shapes, device: Ours(shapes, device, OURS, rotations=True),
     TRITON: lambda shapes, device: Ours(shapes, device, OURS, windows=True, kernel="triton"),
-    **{name: partial(_ours, name) for name in OTHERS},
+    **{name: partial(Ours, page_format=name) for name in OTHERS},
     # The likeliest to take the device down with them come last.
     "int4_per_token_head": Int4PerTokenHead,
     "turboquant_4bit_nc": lambda shapes, device: TurboQuant(shapes, device, "turboquant_4bit_nc"),

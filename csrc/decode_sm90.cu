@@ -4,6 +4,19 @@
 
 namespace vllm_kvcompress {
 
+namespace sm90 {
+
+template <int D>
+cudaError_t launch_code(const DecodeParams& p, int num_sms, cudaStream_t stream) {
+  if constexpr (D > 64) {
+    if (p.code == kLloydMax43) return launch<D, kLloydMax43>(p, num_sms, stream);
+  }
+  if (p.code == kLloydMax4) return launch<D, kLloydMax4>(p, num_sms, stream);
+  return launch<D, kAffine2>(p, num_sms, stream);
+}
+
+}  // namespace sm90
+
 const char* launch_decode(const DecodeParams& p, cudaStream_t stream) {
   if (p.num_reqs == 0 || p.num_tokens == 0) return nullptr;
   if (p.max_query_len < 1 || p.max_query_len > sm90::kMaxNewTokens) return "max_query_len must be 1 to 8";
@@ -16,23 +29,13 @@ const char* launch_decode(const DecodeParams& p, cudaStream_t stream) {
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
-    const bool halves = p.code == kLloydMax43, whole = p.code == kLloydMax4;
     switch (p.head_dim) {
       case 64:
-        if (halves) return "halves of 4 and 3 bits need a head_dim of 128 or 256";
-        error = whole ? sm90::launch<64, kLloydMax4>(p, num_sms, stream)
-                      : sm90::launch<64, kAffine2>(p, num_sms, stream);
+        if (p.code == kLloydMax43) return "halves of 4 and 3 bits need a head_dim of 128 or 256";
+        error = sm90::launch_code<64>(p, num_sms, stream);
         break;
-      case 128:
-        error = halves  ? sm90::launch<128, kLloydMax43>(p, num_sms, stream)
-                : whole ? sm90::launch<128, kLloydMax4>(p, num_sms, stream)
-                        : sm90::launch<128, kAffine2>(p, num_sms, stream);
-        break;
-      case 256:
-        error = halves  ? sm90::launch<256, kLloydMax43>(p, num_sms, stream)
-                : whole ? sm90::launch<256, kLloydMax4>(p, num_sms, stream)
-                        : sm90::launch<256, kAffine2>(p, num_sms, stream);
-        break;
+      case 128: error = sm90::launch_code<128>(p, num_sms, stream); break;
+      case 256: error = sm90::launch_code<256>(p, num_sms, stream); break;
       default: return "head_dim must be 64, 128 or 256";
     }
   }

@@ -118,7 +118,8 @@ __device__ __forceinline__ uint32_t load_bits(const uint8_t* from) {
 }
 template <int N>
 __device__ __forceinline__ void load_words(uint32_t (&x)[N], const uint8_t* from) {
-  if constexpr (N > 4) {
+  if constexpr (N >= 4) {
+    static_assert(N % 4 == 0);
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
       const uint4 v = *reinterpret_cast<const uint4*>(from + 4 * i);
@@ -126,13 +127,10 @@ __device__ __forceinline__ void load_words(uint32_t (&x)[N], const uint8_t* from
     }
   } else if constexpr (N == 1) {
     x[0] = *reinterpret_cast<const uint32_t*>(from);
-  } else if constexpr (N == 2) {
+  } else {
+    static_assert(N == 2);
     const uint2 v = *reinterpret_cast<const uint2*>(from);
     x[0] = v.x, x[1] = v.y;
-  } else {
-    static_assert(N == 4);
-    const uint4 v = *reinterpret_cast<const uint4*>(from);
-    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
   }
 }
 

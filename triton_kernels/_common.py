@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotating rows of keys, values or queries inside a kernel: what `rotate` and `store` share.
+"""Rotating rows of keys, values or queries inside a kernel, and checks: what the launchers share.
 
 Rotations are fp16: a tensor core takes them with 10 bits of mantissa. Activations are cast to fp16 beside them, and
 products are summed in float32.

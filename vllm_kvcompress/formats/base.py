@@ -119,30 +119,13 @@ class PageLayout:
 
     @property
     def is_two_bit(self) -> bool:
-        """Whether keys and values are 2-bit affine codes without signs: what the GPU kernels read."""
+        """Whether keys and values are 2-bit affine codes without signs, for which kernels have paths of their own."""
         rows = (self.keys, self.values)
         return all(row.quantizer == "affine" and row.signs is None for row in rows)
 
-    # Of the 2-bit affine formats.
-    @property
-    def k_codes(self) -> int:
-        return self.keys.parts[0].codes
-
-    @property
-    def v_codes(self) -> int:
-        return self.values.parts[0].codes
-
-    @property
-    def k_scales(self) -> int:
-        return self.keys.parts[0].scales
-
-    @property
-    def v_scales(self) -> int:
-        return self.values.parts[0].scales
-
     @property
     def code_bytes(self) -> int:
-        """Bytes of one token's codes of one tensor."""
+        """Bytes of one token's codes of one tensor, in the 2-bit affine formats."""
         return self.keys.parts[0].code_bytes
 
 

@@ -50,7 +50,7 @@ def sketch_matrix(dim: int, seed: int, orthogonal: bool = False) -> torch.Tensor
         q, r = torch.linalg.qr(matrix)
         # With the signs of R's diagonal Q is Haar distributed.
         matrix = q * r.diagonal().sign() * math.sqrt(2) * math.exp(math.lgamma((dim + 1) / 2) - math.lgamma(dim / 2))
-    return matrix.float()
+    return matrix.float().contiguous()  # QR leaves columns side by side, kernels read rows
 
 
 def sketch(residual: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
