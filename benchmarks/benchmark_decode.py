@@ -160,6 +160,7 @@ class Ours(Peer):
         workspace = torch.empty(elements, dtype=torch.float32, device=device)
         unrotated = self.query(shape, torch.bfloat16)
         sketch = sketch_matrix(HEAD_DIM).half().to(device) if self.layout.keys.signs is not None else None
+        q_signs = q if sketch is not None and self.kernel == "cuda" else None  # S q; any numbers take as long
         rotation, unrotation = (common.random_orthogonal(NUM_KV_HEADS, HEAD_DIM, self.device) for _ in range(2))
 
         def attend() -> torch.Tensor:
@@ -175,6 +176,7 @@ class Ours(Peer):
                 SCALE,
                 out,
                 sketch=sketch,
+                q_signs=q_signs,
                 cache_out=None,
                 workspace=workspace,
             )

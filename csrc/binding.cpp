@@ -113,27 +113,36 @@ int32_t narrow(const char* name, int64_t value, int64_t least) {
   return static_cast<int32_t>(value);
 }
 
-int64_t head_bytes(int64_t head_dim, bool page_means, int code) {
-  // vllm_kvcompress/formats/base.py: codes, scale and zero or norms of each token, mean; rounded up to whole bytes a
-  // token.
-  const int64_t row = code == kAffine2     ? head_dim / 4 + 4
-                      : code == kLloydMax4 ? head_dim / 2 + 2
-                                                 : head_dim / 4 + head_dim / 2 * 3 / 8 + 4;
-  const int64_t used = 2 * kPageTokens * row + (page_means ? 2 * head_dim : 0);
+bool has_signs(int64_t code) { return code == kAffine2Signs || code == kLloydMax43Signs || code == kLloydMax32Signs; }
+
+int64_t head_bytes(int64_t head_dim, bool page_means, int64_t code) {
+  // vllm_kvcompress/formats/base.py: codes of keys and values, signs, scale and zero or norms of each token, mean; rounded
+  // up to whole bytes a token. Bits of the channels, keys and values together, in eighths of a bit:
+  const int64_t eighths = code == kAffine2 || code == kAffine2Signs ? 8 * (2 + 2)
+                          : code == kLloydMax4                      ? 8 * (4 + 4)
+                          : code == kLloydMax43                     ? 4 * (4 + 3) * 2
+                          : code == kLloydMax43Signs                ? 4 * (3 + 2) + 4 * (4 + 3)
+                          : code == kLloydMax32                     ? 2 * (3 + 3 * 2) * 2
+                                                                    : 2 * (2 + 3 * 1) + 2 * (3 + 3 * 2);
+  const int64_t scales = code == kLloydMax4 ? 4 : 8;
+  const int64_t token = head_dim * eighths / 64 + scales + (has_signs(code) ? head_dim / 8 + 2 : 0);
+  const int64_t used = kPageTokens * token + (page_means ? 2 * head_dim : 0);
   return (used + kPageTokens - 1) / kPageTokens * kPageTokens;
 }
 
 void decode(const Tensor& q, const Tensor& new_kv, const Tensor& pages, const std::optional<Tensor>& window_cache,
             const Tensor& block_table, const std::optional<Tensor>& window_table, const Tensor& query_start_loc,
             const Tensor& seq_lens, const std::optional<Tensor>& v_unrotation, const Tensor& out,
-            const Tensor& workspace, int64_t max_query_len, int64_t head_dim, int64_t code, double level_scale,
-            double level_bend, double more_level_scale, double more_level_bend, bool page_means, bool window_is_bf16,
+            const Tensor& workspace, const std::optional<Tensor>& q_signs, int64_t max_query_len, int64_t head_dim,
+            int64_t code, double k_scale, double k_bend, double k_rest_scale, double k_rest_bend, double v_scale,
+            double v_bend, double v_rest_scale, double v_rest_bend, bool page_means, bool window_is_bf16,
             int64_t sink_tokens, int64_t recent_tokens, double scale) {
   DecodeParams params{};
-  if (code != kAffine2 && code != kLloydMax4 && code != kLloydMax43)
-    fail("code must be ", kAffine2, " (affine), ", kLloydMax4, " or ", kLloydMax43, " (Lloyd-Max), got ", code);
+  if (code != kAffine2 && code != kLloydMax4 && code != kLloydMax43 && code != kLloydMax32 && !has_signs(code))
+    fail("code must be 2 or 102 (affine), 4, 43, 32, 143 or 132 (Lloyd-Max), got ", code);
+  if (has_signs(code) != q_signs.has_value()) fail("q_signs goes with codes that have signs, got code ", code);
   params.code = static_cast<int32_t>(code);
-  if (params.code != kAffine2 && !page_means) fail("pages of Lloyd-Max codes must have means");
+  if (params.code != kAffine2 && !page_means) fail("pages of other codes than affine ones must have means");
   if (head_dim != 64 && head_dim != 128 && head_dim != 256)
     fail("head_dim must be 64, 128 or 256, got ", head_dim);
   if (q.dim() != 3 || pages.dim() != 3)
@@ -149,6 +158,11 @@ void decode(const Tensor& q, const Tensor& new_kv, const Tensor& pages, const st
   if (out_dtype != ScalarType::Half && out_dtype != ScalarType::BFloat16)
     fail("out must be float16 or bfloat16, got ", describe(out));
   expect("q", q, ScalarType::Half, {tokens, heads, head_dim}, 1, true);
+  if (q_signs) {
+    expect("q_signs", *q_signs, ScalarType::Half, {tokens, heads, head_dim}, 1, true);
+    if (q_signs->stride(0) != q.stride(0) || q_signs->stride(1) != q.stride(1))
+      fail("q_signs must have q's strides, got ", list(q_signs->strides()), " and ", list(q.strides()));
+  }
   expect("out", out, out_dtype, {tokens, heads, head_dim}, 1, true);
   expect("new_kv", new_kv, window_dtype, {kAny, kv_heads, 2 * head_dim}, 2, true);
   if (new_kv.size(0) < tokens) fail("new_kv must have a row for each of q's ", tokens, ", got ", describe(new_kv));
@@ -187,10 +201,10 @@ void decode(const Tensor& q, const Tensor& new_kv, const Tensor& pages, const st
   params.sink_tokens = narrow("sink_tokens", sink_tokens, 0);
   params.recent_tokens = narrow("recent_tokens", recent_tokens, 0);
   params.page_means = page_means;
-  params.level_scale[0] = static_cast<float>(level_scale);
-  params.level_scale[1] = static_cast<float>(more_level_scale);
-  params.level_bend[0] = static_cast<float>(level_bend);
-  params.level_bend[1] = static_cast<float>(more_level_bend);
+  params.key_levels = {{static_cast<float>(k_scale), static_cast<float>(k_rest_scale)},
+                       {static_cast<float>(k_bend), static_cast<float>(k_rest_bend)}};
+  params.value_levels = {{static_cast<float>(v_scale), static_cast<float>(v_rest_scale)},
+                         {static_cast<float>(v_bend), static_cast<float>(v_rest_bend)}};
   params.out_dtype = out_dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16;
   params.window_dtype = window_is_bf16 ? DType::kBFloat16 : DType::kFloat16;
   params.scale = static_cast<float>(scale);
@@ -202,6 +216,7 @@ void decode(const Tensor& q, const Tensor& new_kv, const Tensor& pages, const st
   }
 
   expect_device("q", q, q);
+  if (q_signs) expect_device("q_signs", *q_signs, q);
   expect_device("new_kv", new_kv, q);
   expect_device("pages", pages, q);
   expect_device("block_table", block_table, q);
@@ -223,6 +238,7 @@ void decode(const Tensor& q, const Tensor& new_kv, const Tensor& pages, const st
   if (params.workspace_elements < needed)
     fail("workspace must hold ", needed, " float32 (decode_workspace_elements), got ", params.workspace_elements);
   params.q = q.const_data_ptr();
+  params.q_signs = q_signs ? q_signs->const_data_ptr() : nullptr;
   params.new_kv = new_kv.const_data_ptr();
   params.pages = pages.const_data_ptr();
   params.block_table = static_cast<const int32_t*>(block_table.const_data_ptr());
@@ -263,9 +279,9 @@ STABLE_TORCH_LIBRARY(vllm_kvcompress, m) {
   m.def(
       "decode(Tensor q, Tensor new_kv, Tensor pages, Tensor? window_cache, Tensor block_table, Tensor? window_table, "
       "Tensor query_start_loc, Tensor seq_lens, Tensor? v_unrotation, Tensor(a!) out, Tensor(b!) workspace, "
-      "int max_query_len, int head_dim, int code, float level_scale, float level_bend, float more_level_scale, "
-      "float more_level_bend, bool page_means, bool window_is_bf16, int sink_tokens, int recent_tokens, float scale) "
-      "-> ()");
+      "Tensor? q_signs, int max_query_len, int head_dim, int code, float k_scale, float k_bend, float k_rest_scale, "
+      "float k_rest_bend, float v_scale, float v_bend, float v_rest_scale, float v_rest_bend, bool page_means, "
+      "bool window_is_bf16, int sink_tokens, int recent_tokens, float scale) -> ()");
   m.def(
       "decode_workspace_elements(int num_kv_heads, int group, int head_dim, int max_num_reqs, int max_query_len) "
       "-> int");

@@ -16,12 +16,24 @@ enum class DType : int32_t { kFloat16 = 0, kBFloat16 = 1 };
 // How keys and values are coded: the op's argument `code`.
 inline constexpr int kAffine2 = 2;      // 2 bits a channel, scale and zero-point a token
 inline constexpr int kLloydMax4 = 4;    // 4 bits a channel, norm a token
-inline constexpr int kLloydMax43 = 43;  // half of the channels 4 bits, the other half 3, a norm each; head sizes 128, 256
+inline constexpr int kLloydMax43 = 43;  // half of the channels 4 bits, the other half 3, a norm each
+inline constexpr int kLloydMax32 = 32;  // a quarter of the channels 3 bits, the rest 2, a norm each; head sizes 128, 256
+// Keys of a bit less, and the signs of a random projection of what that leaves over with its norm; values as above.
+inline constexpr int kLloydMax43Signs = 143;
+inline constexpr int kLloydMax32Signs = 132;  // head sizes 128, 256
+inline constexpr int kAffine2Signs = 102;     // keys of 2 bits and signs
+
+// Lloyd-Max levels are scale * t * (1 + bend * t^2) in the centred code t (quantizers/lloyd_max.py), for each part.
+struct Levels {
+  float scale[2];
+  float bend[2];
+};
 
 // Strides count elements of the tensor's type, except those of `pages` and `window_cache`, which are uint8 (bytes).
 // The last dimension of every tensor is contiguous. All pointers are device pointers.
 struct DecodeParams {
   const void* q;              // [T, Hq, D] float16, cache space of the keys
+  const void* q_signs;        // S q, of formats with signs; as q, strides included
   int64_t q_token_stride;
   int64_t q_head_stride;
   const void* new_kv;         // [>= T rows, H, 2 * D] window_dtype: cache-space K | V of the step's own tokens
@@ -57,9 +69,8 @@ struct DecodeParams {
   int32_t recent_tokens;
   bool page_means;  // pages carry a mean key after the scales; those of Lloyd-Max codes must
   int32_t code;
-  // Lloyd-Max: levels are scale * t * (1 + bend * t^2) in the centred code t (quantizers/lloyd_max.py), for each half.
-  float level_scale[2];
-  float level_bend[2];
+  Levels key_levels;
+  Levels value_levels;
   DType out_dtype;
   DType window_dtype;
   float scale;  // of q . k

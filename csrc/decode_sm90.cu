@@ -5,16 +5,22 @@
 namespace vllm_kvcompress {
 
 namespace sm90 {
-
 template <int D>
 cudaError_t launch_code(const DecodeParams& p, int num_sms, cudaStream_t stream) {
-  if constexpr (D > 64) {
-    if (p.code == kLloydMax43) return launch<D, kLloydMax43>(p, num_sms, stream);
+  switch (p.code) {
+    case kAffine2: return launch<D, kAffine2>(p, num_sms, stream);
+    case kAffine2Signs: return launch<D, kAffine2Signs>(p, num_sms, stream);
+    case kLloydMax4: return launch<D, kLloydMax4>(p, num_sms, stream);
+    case kLloydMax43: return launch<D, kLloydMax43>(p, num_sms, stream);
+    case kLloydMax43Signs: return launch<D, kLloydMax43Signs>(p, num_sms, stream);
+    default:
+      if constexpr (D > 64) {
+        if (p.code == kLloydMax32) return launch<D, kLloydMax32>(p, num_sms, stream);
+        if (p.code == kLloydMax32Signs) return launch<D, kLloydMax32Signs>(p, num_sms, stream);
+      }
+      return cudaErrorNotSupported;
   }
-  if (p.code == kLloydMax4) return launch<D, kLloydMax4>(p, num_sms, stream);
-  return launch<D, kAffine2>(p, num_sms, stream);
 }
-
 }  // namespace sm90
 
 const char* launch_decode(const DecodeParams& p, cudaStream_t stream) {
@@ -30,14 +36,12 @@ const char* launch_decode(const DecodeParams& p, cudaStream_t stream) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
     switch (p.head_dim) {
-      case 64:
-        if (p.code == kLloydMax43) return "halves of 4 and 3 bits need a head_dim of 128 or 256";
-        error = sm90::launch_code<64>(p, num_sms, stream);
-        break;
+      case 64: error = sm90::launch_code<64>(p, num_sms, stream); break;
       case 128: error = sm90::launch_code<128>(p, num_sms, stream); break;
       case 256: error = sm90::launch_code<256>(p, num_sms, stream); break;
       default: return "head_dim must be 64, 128 or 256";
     }
+    if (error == cudaErrorNotSupported) return "codes of 3 and 2 bits need a head_dim of 128 or 256";
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -109,12 +109,43 @@ __device__ __forceinline__ uint32_t pair_halves(uint32_t x, uint32_t y) {
 }
 __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
+// Calls f with the compile-time numbers 0 .. N - 1.
+template <int N, int I = 0, typename F>
+__device__ __forceinline__ void unroll(F&& f) {
+  if constexpr (I < N) {
+    f(std::integral_constant<int, I>());
+    unroll<N, I + 1>(f);
+  }
+}
+// Codes of a lane's channels of a chunk, in halves of words: two tokens, or two times four channels.
+struct Codes {
+  uint32_t low, high;  // high: the third bits of codes of 3 bits
+};
 template <int kBytes>
 __device__ __forceinline__ uint32_t load_bits(const uint8_t* from) {
   if constexpr (kBytes == 1) return *from;
   if constexpr (kBytes == 2) return *reinterpret_cast<const uint16_t*>(from);
   static_assert(kBytes <= 2 || kBytes == 4);
   return *reinterpret_cast<const uint32_t*>(from);
+}
+// A lane's 8 channels of a chunk of 32, of a token whose row begins at `row`: channels 0..3 in the low half, 4..7 in the
+// high half. kLow: bytes of low bits before the high bits of codes of 3 bits.
+template <int kBits, int kLow>
+__device__ __forceinline__ Codes key_codes(const uint8_t* row, int chunk, int j) {
+  Codes codes{0, 0};
+  if constexpr (kBits == 4) {
+    codes.low = load_bits<4>(row + 16 * chunk + 4 * j);
+  } else if constexpr (kBits == 1) {
+    const uint32_t x = load_bits<1>(row + 4 * chunk + j);
+    codes.low = x | x << 12;
+  } else {
+    codes.low = __byte_perm(load_bits<2>(row + 8 * chunk + 2 * j), 0, 0x4140);
+    if constexpr (kBits == 3) {
+      const uint32_t x = load_bits<1>(row + kLow + 4 * chunk + j);
+      codes.high = x | x << 12;
+    }
+  }
+  return codes;
 }
 template <int N>
 __device__ __forceinline__ void load_words(uint32_t (&x)[N], const uint8_t* from) {
@@ -150,6 +181,7 @@ __device__ __forceinline__ uint32_t codes_at(uint32_t word, uint32_t word_shifte
 // The levels are a t (1 + b t^2) in the centred code t (quantizers/lloyd_max.py, `cubic`); a goes into the norms. Here a
 // pair of codes becomes a pair of 2t (1 + b t^2): the codes, moved to an odd bit position, or-ed into the mantissa of
 // 1024 are fp16 numbers from which one exact operation makes the odd integers 2t; three more make the cubic. bend: b / 4.
+template <bool kBent = true>
 __device__ __forceinline__ uint32_t cubic(uint32_t mantissa, int bit, int bits, __half2 bend) {
   const uint32_t biased = mantissa | 0x64006400u;  // 1024 + code * 2^bit
   const __half2 x = *reinterpret_cast<const __half2*>(&biased);
@@ -157,7 +189,7 @@ __device__ __forceinline__ uint32_t cubic(uint32_t mantissa, int bit, int bits, 
   const float offset = -(1024.f * step + static_cast<float>((1 << bits) - 1));
   const __half2 t = bit == 1 ? __hadd2(x, __float2half2_rn(offset))
                              : __hfma2(x, __float2half2_rn(step), __float2half2_rn(offset));
-  const __half2 level = __hmul2(t, __hfma2(__hmul2(t, t), bend, __float2half2_rn(1.f)));
+  const __half2 level = kBent ? __hmul2(t, __hfma2(__hmul2(t, t), bend, __float2half2_rn(1.f))) : t;
   return *reinterpret_cast<const uint32_t*>(&level);
 }
 // Each half of `word` holds four codes of 4 bits; the pair at position p.
@@ -173,24 +205,48 @@ __device__ __forceinline__ uint32_t levels3(uint32_t low, uint32_t high, int p, 
   return cubic(two | ((up < 0 ? high >> -up : high << (up < 0 ? 0 : up)) & (0x00040004u << bit)), bit, 3, bend);
 }
 
+// Each half of `word` holds four codes of 2 bits.
+template <bool kBent>
+__device__ __forceinline__ uint32_t levels2(uint32_t word, int p, __half2 bend) {
+  const int bit = 2 * p + 1;
+  return cubic<kBent>(word << 1 & (0x00030003u << bit), bit, 2, bend);
+}
+// Each half of `word` holds codes of 1 bit, from bit 0 on: their levels are -1 and 1.
+__device__ __forceinline__ uint32_t levels1(uint32_t word, int p) {
+  return (~word << (15 - p) & 0x80008000u) | 0x3c003c00u;
+}
+template <int kBits, bool kBent>
+__device__ __forceinline__ uint32_t levels(const Codes& codes, int p, __half2 bend) {
+  if constexpr (kBits == 4) return levels4(codes.low, p, bend);
+  if constexpr (kBits == 3) return levels3(codes.low, codes.high, p, bend);
+  if constexpr (kBits == 2) return levels2<kBent>(codes.low, p, bend);
+  return levels1(codes.low, p);
+}
+
 // ---- shapes ----------------------------------------------------------------------------------------------------
 
 // What the formats have in common: how the channels of a head lie in a warp's fragments. Pages of two parts keep the
-// parts apart, so that all lanes meet the same kind of code: then `kParts` is 2 and all is as for two smaller heads.
-template <int D, int kParts>
+// parts apart, so that all lanes meet the same kind of code: for `kHalves` all is as for two smaller heads, for `kChunks`
+// as for heads of 32 channels.
+enum Order : int { kWhole = 1, kHalves = 2, kChunks = 3 };
+constexpr int kChunk = 32;
+
+template <int D, int kOrder>
 struct Fragments {
   static constexpr int kKeyWords = D / 64;        // groups of 16 channels of one token that a lane multiplies with
   static constexpr int kTiles = D / 16;           // 16-channel tiles of the output
-  static constexpr int kSets = kParts == 2 || D == 256 ? 2 : 1;
+  static constexpr int kSets = kOrder == kChunks ? D / kChunk : kOrder == kHalves || D == 256 ? 2 : 1;
   static constexpr int kPositions = kTiles / kSets;  // tiles of a set: consecutive channels of an accumulator row
-  static constexpr int kHighStep = kParts == 2 ? kPositions : 8;  // channels from row g of a tile to row g + 8
+  static constexpr int kHighStep = kOrder == kWhole ? 8 : kPositions;  // channels from row g of a tile to row g + 8
   static constexpr int kBlockBytes = kBlockTokens * 4 * D;
   static constexpr int kRowBytes = 4 * D;         // one 16-bit token: K | V
 
-  // First channel of group w of lane j of a quad: its pairs are channels (q, q + 8) from there.
+  // First channel of group w of lane j of a quad: its pairs are channels (q, q + 8) from there, of a chunk (q, q + 4).
   __host__ __device__ static constexpr int query_channel(int w, int j) {
-    if constexpr (kParts == 1) {
+    if constexpr (kOrder == kWhole) {
       return 16 * (kKeyWords * j + w);
+    } else if constexpr (kOrder == kChunks) {
+      return kChunk * w + 8 * j;
     } else {
       constexpr int kHalf = kKeyWords / 2;
       return w / kHalf * (D / 2) + 16 * (kHalf * j + w % kHalf);
@@ -198,13 +254,13 @@ struct Fragments {
   }
   // Channel of row g of the first tile of a set; tile q of the set has the q-th after it.
   __host__ __device__ static constexpr int value_channel(int set, int g) {
-    if constexpr (kParts == 2) return set * (D / 2) + g * (D / 16);
+    if constexpr (kOrder != kWhole) return set * (D / kSets) + g * (2 * kPositions);
     return D == 64 ? 16 * (g & 3) + 4 * (g >> 2) : D == 128 ? 16 * g : 16 * (2 * g + set);
   }
   // Where channel d of an output row lies among the accumulators, as tile * 16 + row of the tile.
   __host__ __device__ static constexpr int accumulator_of(int d) {
-    if constexpr (kParts == 2) {
-      const int set = d / (D / 2), r = d % (D / 2);
+    if constexpr (kOrder != kWhole) {
+      const int set = d / (D / kSets), r = d % (D / kSets);
       return (set * kPositions + r % kPositions) * 16 + r / kPositions % 2 * 8 + r / (2 * kPositions);
     }
     const int high = d >> 3 & 1;
@@ -219,7 +275,7 @@ template <int D, int kCode>
 struct Shape;
 
 template <int D>
-struct Shape<D, kAffine2> : Fragments<D, 1> {
+struct Shape<D, kAffine2> : Fragments<D, kWhole> {
   static constexpr int kCodeBytes = D / 4;        // bytes of codes of one token of one tensor
   static constexpr int kValueCodes = kPageTokens * kCodeBytes;
   static constexpr int kKeyScales = 2 * kValueCodes;
@@ -236,15 +292,15 @@ struct Shape<D, kAffine2> : Fragments<D, 1> {
   }
 };
 
-template <int D, int kParts>
-struct LloydMaxShape : Fragments<D, kParts> {
+template <int D, int kOrder>
+struct LloydMaxShape : Fragments<D, kOrder> {
   static constexpr float kHeadroom = 1.f;
   __host__ __device__ static constexpr float key_unit(int) { return 1.f; }
   __host__ __device__ static constexpr float value_unit(int) { return 1.f; }
 };
 
 template <int D>
-struct Shape<D, kLloydMax4> : LloydMaxShape<D, 1> {
+struct Shape<D, kLloydMax4> : LloydMaxShape<D, kWhole> {
   static constexpr int kCodeBytes = D / 2;
   static constexpr int kValueCodes = kPageTokens * kCodeBytes;
   static constexpr int kKeyScales = 2 * kValueCodes;
@@ -254,7 +310,7 @@ struct Shape<D, kLloydMax4> : LloydMaxShape<D, 1> {
 
 // Half of the channels with 4 bits, the other half with 3: of the latter all low bits, then all high bits.
 template <int D>
-struct Shape<D, kLloydMax43> : LloydMaxShape<D, 2> {
+struct Shape<D, kLloydMax43> : LloydMaxShape<D, kHalves> {
   static constexpr int kCodeBytes = D / 4;        // of the first half
   static constexpr int kLowBytes = D / 8, kMoreBytes = D / 8 + D / 16;  // of the second half
   static constexpr int kMoreKeyCodes = kPageTokens * kCodeBytes;
@@ -264,6 +320,76 @@ struct Shape<D, kLloydMax43> : LloydMaxShape<D, 2> {
   static constexpr int kValueScales = kKeyScales + kPageTokens * 4;
   static constexpr int kKeyMean = kValueScales + kPageTokens * 4;
 };
+
+// A row of keys or values in parts of whole chunks, each with bits and scale of its own.
+template <int D, bool kIsAffine, int kFirstChannels, int kFirstBits, int kRestBits = 0>
+struct Row {
+  static constexpr bool kAffine = kIsAffine;
+  static constexpr int kParts = kFirstChannels == D ? 1 : 2;
+  static constexpr int kScaleBytes = kAffine ? 4 : 2 * kParts;
+  __host__ __device__ static constexpr int channels(int part) { return part ? D - kFirstChannels : kFirstChannels; }
+  __host__ __device__ static constexpr int bits(int part) { return part ? kRestBits : kFirstBits; }
+  __host__ __device__ static constexpr int bytes(int part) { return channels(part) * bits(part) / 8; }
+  static constexpr int kBytes = bytes(0) + bytes(1);
+  __host__ __device__ static constexpr int part_of(int chunk) { return chunk * kChunk >= kFirstChannels; }
+  __host__ __device__ static constexpr int chunk_of_part(int chunk) {
+    return chunk - (part_of(chunk) ? kFirstChannels / kChunk : 0);
+  }
+  static_assert(kFirstChannels % kChunk == 0);
+};
+
+// Any two rows, and signs of what the keys' codes leave over.
+template <int D, typename KeyRow, typename ValueRow, bool kHasSigns>
+struct ChunkedShape : LloydMaxShape<D, kChunks> {
+  using Keys = KeyRow;
+  using Values = ValueRow;
+  static constexpr bool kSigns = kHasSigns;
+  static constexpr int kValueCodes = kPageTokens * Keys::kBytes;
+  static constexpr int kSignCodes = kValueCodes + kPageTokens * Values::kBytes;
+  static constexpr int kKeyScales = kSignCodes + (kSigns ? kPageTokens * D / 8 : 0);
+  static constexpr int kSignNorms = kKeyScales + kPageTokens * Keys::kScaleBytes;
+  static constexpr int kValueScales = kSignNorms + (kSigns ? kPageTokens * 2 : 0);
+  static constexpr int kKeyMean = kValueScales + kPageTokens * Values::kScaleBytes;
+};
+template <>
+struct Shape<64, kLloydMax43> : ChunkedShape<64, Row<64, false, 32, 4, 3>, Row<64, false, 32, 4, 3>, false> {};
+template <int D>
+struct Shape<D, kLloydMax32> : ChunkedShape<D, Row<D, false, D / 4, 3, 2>, Row<D, false, D / 4, 3, 2>, false> {};
+template <int D>
+struct Shape<D, kLloydMax43Signs> : ChunkedShape<D, Row<D, false, D / 2, 3, 2>, Row<D, false, D / 2, 4, 3>, true> {};
+template <int D>
+struct Shape<D, kLloydMax32Signs> : ChunkedShape<D, Row<D, false, D / 4, 2, 1>, Row<D, false, D / 4, 3, 2>, true> {};
+template <int D>
+struct Shape<D, kAffine2Signs> : ChunkedShape<D, Row<D, true, D, 2>, Row<D, true, D, 2>, true> {};
+
+template <int D, int kCode>
+constexpr bool kIsChunked = kCode >= kLloydMax32 && kCode != kLloydMax43 || (D == 64 && kCode == kLloydMax43);
+
+// What the other formats do not have, so that they compile beside.
+template <typename S, bool kChunked>
+struct RowsOf {
+  using Keys = Row<64, true, 64, 2>;
+  using Values = Keys;
+  static constexpr bool kSigns = false;
+};
+template <typename S>
+struct RowsOf<S, true> {
+  using Keys = typename S::Keys;
+  using Values = typename S::Values;
+  static constexpr bool kSigns = S::kSigns;
+};
+
+// Scores are summed apart for each part of the keys and the signs; weights are made for each part of the values.
+template <int D, int kCode>
+constexpr int key_parts() {
+  if constexpr (kIsChunked<D, kCode>) return Shape<D, kCode>::Keys::kParts + Shape<D, kCode>::kSigns;
+  return kCode == kLloydMax43 ? 2 : 1;
+}
+template <int D, int kCode>
+constexpr int value_parts() {
+  if constexpr (kIsChunked<D, kCode>) return Shape<D, kCode>::Values::kParts;
+  return kCode == kLloydMax43 ? 2 : 1;
+}
 
 // A page with its mean; a block of 16 tokens is smaller.
 template <int D, int kCode>
@@ -396,12 +522,16 @@ struct Unit {
 // ---- decode ----------------------------------------------------------------------------------------------------
 
 // kColumns / 8 query tiles of 8 rows. kPacked: at most 4 rows, laid twice side by side so that one score fragment
-// serves 32 tokens. kMeans: pages have a mean key. kParts of `kCode`: an
-// argument of its own because cudafe++ 13.0 crashes where a constant of the function sizes a lambda's parameter.
-template <int D, int kCode, int kParts, int NT, bool kPacked, bool kMeans, int kStages, int kCtasPerSm>
+// serves 32 tokens. kMeans: pages have a mean key. kParts, kValueParts: of
+// `kCode`; arguments because cudafe++ 13.0 crashes where a constant of the function sizes a lambda's parameter.
+template <int D, int kCode, int kParts, int kValueParts, int NT, bool kPacked, bool kMeans, int kStages, int kCtasPerSm>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const DecodeParams p, int num_sms, int row_tiles) {
   using S = Shape<D, kCode>;
-  constexpr bool kAffine = kCode == kAffine2;
+  constexpr bool kAffine = kCode == kAffine2, kChunked = kIsChunked<D, kCode>;
+  using Rows = RowsOf<S, kChunked>;
+  using Keys = typename Rows::Keys;
+  using Values = typename Rows::Values;
+  constexpr bool kZeros = kAffine || (kChunked && Values::kAffine);  // values have zero-points
   constexpr int kStageBytes = kPageBytes<D, kCode>;
   static_assert(S::kBlockBytes <= kStageBytes && kStageBytes % 128 == 0);
   constexpr int W = S::kKeyWords;
@@ -581,9 +711,12 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
   const uint32_t first_half = g < 4 ? ~0u : 0u;
   const float scale = p.scale * kLog2e;
   const bool window_bf16 = p.window_dtype == DType::kBFloat16;
-  __half2 bend[kParts];
+  __half2 bend[2], value_bend[2];
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) bend[part] = __float2half2_rn(p.level_bend[part] * 0.25f);
+  for (int part = 0; part < 2; ++part) {
+    bend[part] = __float2half2_rn(p.key_levels.bend[part] * 0.25f);
+    value_bend[part] = __float2half2_rn(p.value_levels.bend[part] * 0.25f);
+  }
 
   int stage = 0, turn = 0;
   uint32_t parity = 0;
@@ -597,6 +730,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
 
     // Query fragments: position q's channels are divided by 4^shift, which masking multiplies the codes with.
     uint32_t query[NT][8 * W];
+    uint32_t sign_query[NT][Rows::kSigns ? 8 * W : 1];  // S q, for the signs
     float query_sum[NT][2];
 #pragma unroll
     for (int t = 0; t < NT; ++t) {
@@ -606,6 +740,26 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
       const __half* source = static_cast<const __half*>(p.q) + (token0 + full_row / group) * p.q_token_stride +
                              (head * group + full_row % group) * p.q_head_stride;
       float sum = 0.f;
+      if constexpr (kChunked) {
+        const __half* const signs = static_cast<const __half*>(p.q_signs) + (source - static_cast<const __half*>(p.q));
+#pragma unroll
+        for (int c = 0; c < 2 * W; ++c) {
+          auto pairs = [&](const __half* from, uint32_t* to) {
+            const uint4 x = real ? *reinterpret_cast<const uint4*>(from + S::query_channel(c, j)) : make_uint4(0, 0, 0, 0);
+            to[0] = pair_halves<0>(x.x, x.z), to[1] = pair_halves<1>(x.x, x.z);
+            to[2] = pair_halves<0>(x.y, x.w), to[3] = pair_halves<1>(x.y, x.w);
+          };
+          pairs(source, query[t] + 4 * c);
+          if constexpr (Rows::kSigns) pairs(signs, sign_query[t] + 4 * c);
+          if constexpr (Keys::kAffine) {
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+              const float2 x = unpack_half2(query[t][4 * c + q]);
+              sum += x.x + x.y;
+            }
+          }
+        }
+      } else
 #pragma unroll
       for (int w = 0; w < W; ++w) {
         uint4 low = make_uint4(0, 0, 0, 0), high = low;
@@ -727,6 +881,16 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
           rescale_out(true);
           // The page's mean key is one more row of keys; every row of its fragment holds it, so every lane gets its sum.
           float mean_score[NT][4] = {};
+          auto add_chunk_mean = [&](int c) {
+            const uint4 x = *reinterpret_cast<const uint4*>(base + S::kKeyMean + 2 * S::query_channel(c, j));
+            const uint32_t m0 = pair_halves<0>(x.x, x.z), m1 = pair_halves<1>(x.x, x.z);
+            const uint32_t m2 = pair_halves<0>(x.y, x.w), m3 = pair_halves<1>(x.y, x.w);
+#pragma unroll
+            for (int t = 0; t < NT; ++t) {
+              mma(mean_score[t], m0, m0, m1, m1, query[t][4 * c], query[t][4 * c + 1]);
+              mma(mean_score[t], m2, m2, m3, m3, query[t][4 * c + 2], query[t][4 * c + 3]);
+            }
+          };
           auto add_mean = [&](int w, int q) {
             // Read anew for each q: the compiler keeps what it has registers for.
             const uint8_t* const from = base + S::kKeyMean + 2 * S::query_channel(w, j) + 4 * (q / 2);
@@ -744,6 +908,53 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
           // chains of products, taken in turns so that one's latency hides behind the others.
           auto code_scores = [&](auto count, int first_tile, bool with_mean, float(*c)[kParts][NT][4]) {
             constexpr int kCount = decltype(count)::value;
+            if constexpr (kChunked) {
+#pragma unroll
+              for (int i = 0; i < kCount; ++i)
+#pragma unroll
+                for (int part = 0; part < kParts; ++part)
+#pragma unroll
+                  for (int t = 0; t < NT; ++t)
+                    c[i][part][t][0] = c[i][part][t][1] = c[i][part][t][2] = c[i][part][t][3] = 0.f;
+              const int token = warp * kWarpTokens + row_token + first_tile;
+              unroll<2 * W>([&](auto index) {
+                constexpr int kAt = decltype(index)::value;
+                constexpr int kPart = Keys::part_of(kAt), kIn = Keys::chunk_of_part(kAt), kBits = Keys::bits(kPart);
+                constexpr int kRow = Keys::bytes(kPart), kLow = Keys::channels(kPart) / 4;
+                const uint8_t* const codes = base + (kPart ? kPageTokens * Keys::bytes(0) : 0) + token * kRow;
+#pragma unroll
+                for (int i = 0; i < kCount; ++i) {
+                  const Codes x = key_codes<kBits, kLow>(codes + 16 * i * kRow, kIn, j);
+                  const Codes y = key_codes<kBits, kLow>(codes + (16 * i + 8) * kRow, kIn, j);
+#pragma unroll
+                  for (int q = 0; q < 4; q += 2) {
+                    const uint32_t a0 = levels<kBits, !Keys::kAffine>(x, q, bend[kPart]);
+                    const uint32_t a1 = levels<kBits, !Keys::kAffine>(y, q, bend[kPart]);
+                    const uint32_t a2 = levels<kBits, !Keys::kAffine>(x, q + 1, bend[kPart]);
+                    const uint32_t a3 = levels<kBits, !Keys::kAffine>(y, q + 1, bend[kPart]);
+#pragma unroll
+                    for (int t = 0; t < NT; ++t)
+                      mma(c[i][kPart][t], a0, a1, a2, a3, query[t][4 * kAt + q], query[t][4 * kAt + q + 1]);
+                  }
+                  if constexpr (Rows::kSigns) {
+                    const uint8_t* const signs = base + S::kSignCodes + (token + 16 * i) * (D / 8);
+                    const Codes u = key_codes<1, 0>(signs, kAt, j), v = key_codes<1, 0>(signs + D, kAt, j);
+#pragma unroll
+                    for (int q = 0; q < 4; q += 2)
+#pragma unroll
+                      for (int t = 0; t < NT; ++t)
+                        mma(c[i][kParts - 1][t], levels1(u.low, q), levels1(v.low, q), levels1(u.low, q + 1),
+                            levels1(v.low, q + 1), sign_query[t][4 * kAt + q], sign_query[t][4 * kAt + q + 1]);
+                  }
+                }
+                if (with_mean) add_chunk_mean(kAt);
+              });
+              if (with_mean) {
+#pragma unroll
+                for (int t = 0; t < NT; ++t) mean_score[t][0] *= scale, mean_score[t][1] *= scale;
+              }
+              return;
+            } else {
             constexpr int kGroups = W / kParts;  // of 16 channels
             constexpr int kWords = kAffine ? kGroups : 2 * kGroups;
             const int token = warp * kWarpTokens + row_token + first_tile;
@@ -824,9 +1035,10 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
                 mean_score[t][1] *= scale * S::kHeadroom;
               }
             }
+            }
           };
           // Scales of the values of two tokens: [token at hand, 8 further on][part].
-          float value_scale[2][kParts];
+          float value_scale[2][kValueParts];
           // Scores of the tokens at `token` and `token` + 8 of the page -> weights, in c[0].
           auto page_softmax = [&](int token, float(&c)[kParts][NT][4]) {
             float2 zeros = make_float2(0.f, 0.f);  // of the two tokens' values
@@ -848,23 +1060,43 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
                   c[0][t][k + 2] = fmaf(scale1, c[0][t][k + 2], fmaf(key1.y, query_sum[t][k], offset));
                 }
             } else {
-              auto norm = [&](int offset, int part, int token) {
-                return __half2float(*reinterpret_cast<const __half*>(base + offset + (part * kPageTokens + token) * 2)) *
-                       p.level_scale[part] * 0.5f;
+              auto half_at = [&](int offset, int index) {
+                return __half2float(*reinterpret_cast<const __half*>(base + offset + index * 2));
               };
-              float key_scale[2][kParts];
+              // Codes are multiplied as twice their distance from the middle.
+              float key_scale[2][kParts], key_zero[2] = {0.f, 0.f};
+              float value_zero[2] = {0.f, 0.f};
 #pragma unroll
-              for (int part = 0; part < kParts; ++part)
+              for (int i = 0; i < 2; ++i) {
+                const int at = token + 8 * i;
+                if constexpr (kChunked && Keys::kAffine) {
+                  const float step = half_at(S::kKeyScales, 2 * at);
+                  key_scale[i][0] = step * (0.5f * scale);
+                  key_zero[i] = half_at(S::kKeyScales, 2 * at + 1) + 1.5f * step;
+                } else {
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                  key_scale[i][part] = norm(S::kKeyScales, part, token + 8 * i) * scale;
-                  value_scale[i][part] = norm(S::kValueScales, part, token + 8 * i);
+                  for (int part = 0; part < kParts - Rows::kSigns; ++part)
+                    key_scale[i][part] = half_at(S::kKeyScales, part * kPageTokens + at) * p.key_levels.scale[part] * (0.5f * scale);
                 }
+                if constexpr (kChunked && Rows::kSigns)
+                  key_scale[i][kParts - 1] = half_at(S::kSignNorms, at) * (1.2533141373155003f / D * scale);  // sqrt(pi / 2)
+                if constexpr (kChunked && Values::kAffine) {
+                  const float step = half_at(S::kValueScales, 2 * at);
+                  value_scale[i][0] = 0.5f * step;
+                  value_zero[i] = half_at(S::kValueScales, 2 * at + 1) + 1.5f * step;
+                } else {
+#pragma unroll
+                  for (int part = 0; part < kValueParts; ++part)
+                    value_scale[i][part] = half_at(S::kValueScales, part * kPageTokens + at) * p.value_levels.scale[part] * 0.5f;
+                }
+              }
+              zeros = make_float2(value_zero[0], value_zero[1]);
 #pragma unroll
               for (int t = 0; t < NT; ++t)
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
                   float score = shift[t][k & 1] + mean_score[t][k & 1];
+                  if constexpr (kChunked && Keys::kAffine) score = fmaf(key_zero[k >> 1], query_sum[t][k & 1], score);
 #pragma unroll
                   for (int part = 0; part < kParts; ++part) score = fmaf(key_scale[k >> 1][part], c[part][t][k], score);
                   c[0][t][k] = score;
@@ -882,18 +1114,18 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
 #pragma unroll
                 for (int t = 0; t < NT; ++t) c[0][t][0] = c[0][t][1] = -INFINITY;
 #pragma unroll
-                for (int part = 0; part < kParts; ++part) value_scale[0][part] = 0.f;
+                for (int part = 0; part < kValueParts; ++part) value_scale[0][part] = 0.f;
               }
               if (dead(token + 8)) {
                 zeros.y = 0.f;
 #pragma unroll
                 for (int t = 0; t < NT; ++t) c[0][t][2] = c[0][t][3] = -INFINITY;
 #pragma unroll
-                for (int part = 0; part < kParts; ++part) value_scale[1][part] = 0.f;
+                for (int part = 0; part < kValueParts; ++part) value_scale[1][part] = 0.f;
               }
             }
             softmax(c[0]);
-            if constexpr (kAffine) {
+            if constexpr (kZeros) {
 #pragma unroll
               for (int t = 0; t < NT; ++t)
 #pragma unroll
@@ -902,13 +1134,51 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
             }
           };
           // Values of the 16 tokens from `tile` on; `weights` of each part.
-          auto add_values = [&](int tile, const uint32_t(&weights)[kParts][NT][2]) {
+          auto add_values = [&](int tile, const uint32_t(&weights)[kValueParts][NT][2]) {
             const int token = warp * kWarpTokens + tile + j;  // and those 4, 8, 12 further on
+            if constexpr (kChunked) {
+              unroll<2 * W>([&](auto index) {
+                constexpr int kAt = decltype(index)::value;
+                constexpr int kPart = Values::part_of(kAt), kIn = Values::chunk_of_part(kAt);
+                constexpr int kBits = Values::bits(kPart), kRow = Values::bytes(kPart);
+                const uint8_t* const codes =
+                    base + S::kValueCodes + (kPart ? kPageTokens * Values::bytes(0) : 0) + token * kRow;
+                Codes v[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                  const uint8_t* const from = codes + 4 * i * kRow;
+                  if constexpr (kBits == 4) {
+                    v[i].low = load_bits<2>(from + 16 * kIn + 2 * g);
+                  } else {
+                    v[i].low = load_bits<1>(from + 8 * kIn + g);
+                    if constexpr (kBits == 3) v[i].high = load_bits<1>(from + Values::channels(kPart) / 4 + 4 * kIn + g / 2);
+                  }
+                }
+                // Halves of words are tokens now; a lane's four codes lie in each.
+                Codes near, far;
+                near.low = pair_halves<0>(v[0].low, v[1].low), far.low = pair_halves<0>(v[2].low, v[3].low);
+                if constexpr (kBits == 3) {
+                  near.high = pair_halves<0>(v[0].high, v[1].high) >> (g & 1) * 4;
+                  far.high = pair_halves<0>(v[2].high, v[3].high) >> (g & 1) * 4;
+                }
+#pragma unroll
+                for (int q = 0; q < 2; ++q) {
+                  const uint32_t a0 = levels<kBits, !Values::kAffine>(near, q, value_bend[kPart]);
+                  const uint32_t a1 = levels<kBits, !Values::kAffine>(near, q + 2, value_bend[kPart]);
+                  const uint32_t a2 = levels<kBits, !Values::kAffine>(far, q, value_bend[kPart]);
+                  const uint32_t a3 = levels<kBits, !Values::kAffine>(far, q + 2, value_bend[kPart]);
+#pragma unroll
+                  for (int t = 0; t < NT; ++t)
+                    mma(out[t][2 * kAt + q], a0, a1, a2, a3, weights[kPart][t][0], weights[kPart][t][1]);
+                }
+              });
+              return;
+            } else {
             auto multiply = [&](int i, int part, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
 #pragma unroll
               for (int t = 0; t < NT; ++t) mma(out[t][i], a0, a1, a2, a3, weights[part][t][0], weights[part][t][1]);
             };
-            constexpr int kSets = S::kSets / kParts, kPositions = S::kPositions;
+            constexpr int kSets = S::kSets / kValueParts, kPositions = S::kPositions;
             if constexpr (kAffine) {
               uint32_t v[4][kSets];
 #pragma unroll
@@ -953,10 +1223,10 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
                   const uint32_t low0 = halves(0, 0), high0 = halves(1, 0), low1 = halves(0, 2), high1 = halves(1, 2);
 #pragma unroll
                   for (int k = 0; k < 4; ++k)
-                    multiply(set * kPositions + q + k, 0, levels4(low0, k, bend[0]), levels4(high0, k, bend[0]),
-                             levels4(low1, k, bend[0]), levels4(high1, k, bend[0]));
+                    multiply(set * kPositions + q + k, 0, levels4(low0, k, value_bend[0]), levels4(high0, k, value_bend[0]),
+                             levels4(low1, k, value_bend[0]), levels4(high1, k, value_bend[0]));
                 }
-              if constexpr (kParts == 2) {
+              if constexpr (kValueParts == 2) {
                 uint32_t low[4], high[4];  // of 2 * kPositions channels
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
@@ -973,10 +1243,11 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
                 constexpr int kFurther = kPositions == 4 ? 4 : 0;
 #pragma unroll
                 for (int q = 0; q < kPositions; ++q)
-                  multiply(kPositions + q, kParts - 1, levels3(low0, high0, q, bend[1]),
-                           levels3(low0s, high0s, q + kFurther, bend[1]), levels3(low1, high1, q, bend[1]),
-                           levels3(low1s, high1s, q + kFurther, bend[1]));
+                  multiply(kPositions + q, kValueParts - 1, levels3(low0, high0, q, value_bend[1]),
+                           levels3(low0s, high0s, q + kFurther, value_bend[1]), levels3(low1, high1, q, value_bend[1]),
+                           levels3(low1s, high1s, q + kFurther, value_bend[1]));
               }
+            }
             }
           };
           if constexpr (kPacked) {
@@ -987,9 +1258,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
 #pragma unroll
               for (int k = 0; k < 4; ++k) c[0][part][0][k] = low_columns ? c[0][part][0][k] : c[1][part][0][k];
             page_softmax(warp * kWarpTokens + row_token + (low_columns ? 0 : 16), c[0]);
-            uint32_t of_low[kParts][NT][2], of_high[kParts][NT][2];
+            uint32_t of_low[kValueParts][NT][2], of_high[kValueParts][NT][2];
 #pragma unroll
-            for (int part = 0; part < kParts; ++part) {
+            for (int part = 0; part < kValueParts; ++part) {
               uint32_t weights[NT][2];
               scaled_weights(c[0][0], value_scale[0][part], value_scale[1][part], weights);
 #pragma unroll
@@ -1004,11 +1275,11 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
 #pragma unroll
             for (int tile = 0; tile < kWarpTokens; tile += 16) {
               float c[1][kParts][NT][4];
-              uint32_t weights[kParts][NT][2];
+              uint32_t weights[kValueParts][NT][2];
               code_scores(std::integral_constant<int, 1>(), tile, tile == 0, c);
               page_softmax(warp * kWarpTokens + tile + row_token, c[0]);
 #pragma unroll
-              for (int part = 0; part < kParts; ++part)
+              for (int part = 0; part < kValueParts; ++part)
                 scaled_weights(c[0][0], value_scale[0][part], value_scale[1][part], weights[part]);
               add_values(tile, weights);
             }
@@ -1024,6 +1295,22 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
             return pack_half2(__uint_as_float(pair << 16) * factor, __uint_as_float(pair & 0xffff0000u) * factor);
           };
           float c[NT][4] = {};
+          if constexpr (kChunked) {
+#pragma unroll
+            for (int at = 0; at < 2 * W; ++at) {
+              const uint8_t* const key0 = base + row_token * S::kRowBytes + 2 * S::query_channel(at, j);
+              const uint4 x = *reinterpret_cast<const uint4*>(key0);
+              const uint4 y = *reinterpret_cast<const uint4*>(key0 + 8 * S::kRowBytes);
+              auto half = [&](uint32_t pair) { return to_half(pair, 1.f); };
+#pragma unroll
+              for (int t = 0; t < NT; ++t) {
+                mma(c[t], half(pair_halves<0>(x.x, x.z)), half(pair_halves<0>(y.x, y.z)), half(pair_halves<1>(x.x, x.z)),
+                    half(pair_halves<1>(y.x, y.z)), query[t][4 * at], query[t][4 * at + 1]);
+                mma(c[t], half(pair_halves<0>(x.y, x.w)), half(pair_halves<0>(y.y, y.w)), half(pair_halves<1>(x.y, x.w)),
+                    half(pair_halves<1>(y.y, y.w)), query[t][4 * at + 2], query[t][4 * at + 3]);
+              }
+            }
+          } else
 #pragma unroll
           for (int w = 0; w < W; ++w) {
             const uint8_t* const key0 = base + row_token * S::kRowBytes + 2 * S::query_channel(w, j);
@@ -1076,7 +1363,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) decode_kernel(const Deco
 #pragma unroll
               for (int high = 0; high < 2; ++high) {
                 const uint8_t* const from = base + (j + 4 * i) * S::kRowBytes + (D + channel + S::kHighStep * high) * 2;
-                if constexpr (kPositions == 4) {
+                if constexpr (kPositions == 2) {
+                  v[i][high][0] = *reinterpret_cast<const uint32_t*>(from);
+                } else if constexpr (kPositions == 4) {
                   const uint2 x = *reinterpret_cast<const uint2*>(from);
                   v[i][high][0] = x.x, v[i][high][1] = x.y;
                 } else {
@@ -1368,7 +1657,7 @@ struct Launch {
     const int group = p.num_heads / p.num_kv_heads;
     const int row_tiles = (group * p.max_query_len + kRows - 1) / kRows;
     const int ctas = num_sms * kCtasPerSm < kMaxCtas ? num_sms * kCtasPerSm : kMaxCtas;
-    auto decode = decode_kernel<D, kCode, kCode == kLloydMax43 ? 2 : 1, NT, kPacked, kMeans, kStages, kCtasPerSm>;
+    auto decode = decode_kernel<D, kCode, key_parts<D, kCode>(), value_parts<D, kCode>(), NT, kPacked, kMeans, kStages, kCtasPerSm>;
     auto combine = combine_kernel<D, kRows>;
     // Idempotent, and cheap beside the launch. Both kernels ask for the same split of L1 and shared memory: changing
     // it between them would drain the multiprocessors.
@@ -1419,6 +1708,17 @@ extern template cudaError_t launch<256, kAffine2>(const DecodeParams&, int, cuda
 extern template cudaError_t launch<64, kLloydMax4>(const DecodeParams&, int, cudaStream_t);
 extern template cudaError_t launch<128, kLloydMax4>(const DecodeParams&, int, cudaStream_t);
 extern template cudaError_t launch<256, kLloydMax4>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<64, kLloydMax43Signs>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<64, kAffine2Signs>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<128, kLloydMax43Signs>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<128, kAffine2Signs>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<128, kLloydMax32>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<128, kLloydMax32Signs>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<256, kLloydMax43Signs>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<256, kAffine2Signs>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<256, kLloydMax32>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<256, kLloydMax32Signs>(const DecodeParams&, int, cudaStream_t);
+extern template cudaError_t launch<64, kLloydMax43>(const DecodeParams&, int, cudaStream_t);
 extern template cudaError_t launch<128, kLloydMax43>(const DecodeParams&, int, cudaStream_t);
 extern template cudaError_t launch<256, kLloydMax43>(const DecodeParams&, int, cudaStream_t);
 

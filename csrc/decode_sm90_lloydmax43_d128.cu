@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "decode_sm90.cuh"
 
-template cudaError_t vllm_kvcompress::sm90::launch<128, vllm_kvcompress::kLloydMax43>(const DecodeParams&, int,
-                                                                              cudaStream_t);
+template cudaError_t vllm_kvcompress::sm90::launch<128, vllm_kvcompress::kLloydMax43>(const DecodeParams&, int, cudaStream_t);

@@ -340,14 +340,19 @@ def cuda_op(monkeypatch):
 
     def decode(
         q, new_kv, pages, window_cache, block_table, window_table, query_start_loc, seq_lens, v_unrotation, out,
-        workspace, max_query_len, head_dim, code, level_scale, level_bend, more_level_scale, more_level_bend,
-        page_means, window_is_bf16, sink_tokens, recent_tokens, scale,
+        workspace, q_signs, max_query_len, head_dim, code, k_scale, k_bend, k_rest_scale, k_rest_bend, v_scale, v_bend,
+        v_rest_scale, v_rest_bend, page_means, window_is_bf16, sink_tokens, recent_tokens, scale,
     ):  # fmt: skip
         assert int(query_start_loc.diff().max()) <= max_query_len and head_dim == q.shape[-1]
-        layout = get_format({2: "oscar-int2" if page_means else "int2", 4: "turboquant-4"}[code]).layout(head_dim, PAGE)
+        names = {2: "oscar-int2" if page_means else "int2", 4: "turboquant-4", 102: "oscar-int2-qjl"}
+        layout = get_format(names[code]).layout(head_dim, PAGE)
         assert pages.shape[-1] == layout.head_bytes and page_means == (layout.k_mean is not None)
-        levels = (code, level_scale, level_bend, more_level_scale, more_level_bend)
-        assert cuda_ops.code_arguments(layout) == levels
+        keys, rest = (k_scale, k_bend, k_rest_scale, k_rest_bend), (v_scale, v_bend, v_rest_scale, v_rest_bend)
+        assert cuda_ops.code_arguments(layout) == (code, *keys, *rest)
+        assert (q_signs is not None) == (layout.keys.signs is not None)
+        if q_signs is not None:
+            # fp16 products of as many terms of S as there are channels, each an fp16 number.
+            torch.testing.assert_close(q_signs.float(), q.float() @ sketch_matrix(head_dim).mT, rtol=2**-7, atol=2**-4)
         window_dtype = torch.bfloat16 if window_is_bf16 else torch.float16
         keys, values = new_kv[: len(q)].chunk(2, dim=-1)
         found = attend_reference(
@@ -368,7 +373,7 @@ def cuda_op(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the oracle stands in for the op; tests/gpu has the op itself")
-@pytest.mark.parametrize("name", ["oscar-int2", "int2", "turboquant-4"])
+@pytest.mark.parametrize("name", ["oscar-int2", "int2", "turboquant-4", "oscar-int2-qjl"])
 @pytest.mark.parametrize("flash", [False, True], ids=["pages", "flash"])
 @pytest.mark.parametrize("windows", [None, (16, 40)])
 def test_decodes_by_the_cuda_op(cuda_op, name, flash, windows):

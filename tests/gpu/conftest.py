@@ -57,7 +57,7 @@ class Step:
         query_scale=1.0,
         block=16,
     ):
-        from vllm_kvcompress.formats.base import PAGE_TOKENS, page_fields
+        from vllm_kvcompress.formats.base import PAGE_TOKENS, page_fields, sketch_matrix
 
         device = torch.device("cuda")
         self.page_tokens, self.block = PAGE_TOKENS, block
@@ -91,13 +91,16 @@ class Step:
                     scales[..., 1] = (-1.5 * step + 0.1 * torch.randn_like(step)).half()
                 else:  # norms of rows whose channels are of the order of 0.5
                     scales.copy_((0.2 + 0.6 * torch.rand(scales.shape, device=device)) * part.channels**0.5)
+        if fields.keys.sign_norms is not None:
+            fields.keys.sign_norms.copy_(0.2 * torch.rand(fields.keys.sign_norms.shape, device=device) * dim**0.5)
         if fields.k_mean is not None:
             fields.k_mean.copy_(torch.randn(fields.k_mean.shape, device=device))
         for row, (history, _) in enumerate(requests):
             if history % PAGE_TOKENS and self.table[row, history // PAGE_TOKENS]:
                 page = int(self.table[row, history // PAGE_TOKENS])
                 for field, _ in rows:
-                    for written in (*field.codes, *field.scales):
+                    signs = () if field.signs is None else (field.signs, field.sign_norms)
+                    for written in (*field.codes, *field.scales, *signs):
                         rest = written[page, :, history % PAGE_TOKENS :]
                         rest.fill_(0xFF if written.dtype == torch.uint8 else torch.nan)
         self.pages[0] = 0xFF
@@ -122,6 +125,9 @@ class Step:
         self.num_tokens = int(starts[-1])
         rows = self.num_tokens + padding
         self.q = torch.randn(rows, heads * group, dim, device=device).half()
+        self.q_signs = None
+        if self.layout.keys.signs is not None:
+            self.q_signs = (self.q.float() @ sketch_matrix(dim).to(device).mT).half()
         self.new_kv = torch.randn(rows, heads, 2 * dim, device=device).to(window_dtype)
         self.out = torch.full((rows, heads * group, dim), torch.nan, dtype=out_dtype, device=device)
         rotation = torch.linalg.qr(torch.randn(heads, dim, dim, device=device))[0]

@@ -28,6 +28,11 @@ _CASES = [
     (128, 4, 1, "turboquant-4", (20, 40)),
     (128, 6, 3, "turboquant-3.5", (16, 64)),
     (256, 4, 1, "turboquant-3.5", (20, 40)),
+    (64, 4, 1, "turboquant-3.5", (20, 40)),
+    (128, 4, 1, "turboquant-2.5", (20, 40)),
+    (128, 9, 1, "turboquant-2.5-qjl", (20, 40)),
+    (256, 4, 1, "turboquant-3.5-qjl", (20, 40)),
+    (128, 4, 8, "oscar-int2-qjl", (20, 40)),
 ]
 
 
@@ -52,7 +57,7 @@ def main() -> None:
         )
         torch.ops.vllm_kvcompress.decode(
             step.q, step.new_kv, step.pages, step.window_cache, step.table, step.window_table, step.starts, step.seq,
-            step.v_unrotation, step.out, workspace, step.max_query_len, dim, *cuda_ops.code_arguments(step.layout),
+            step.v_unrotation, step.out, workspace, step.q_signs, step.max_query_len, dim, *cuda_ops.code_arguments(step.layout),
             step.layout.k_mean is not None, True, sinks, recent, step.scale,
         )  # fmt: skip
         torch.cuda.synchronize()

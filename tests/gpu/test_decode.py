@@ -9,7 +9,7 @@ by 2^-9 of each element instead, at most 2.0e-3 of the row's norm, which is adde
 import pytest
 import torch
 
-from vllm_kvcompress.formats import get_format
+from vllm_kvcompress.formats import format_names, get_format
 from vllm_kvcompress.formats.base import PAGE_TOKENS
 from vllm_kvcompress.kernels import cuda_ops
 
@@ -19,7 +19,7 @@ BF16_ROUNDING = 2.0**-9
 READ = [
     (dim, name)
     for dim in cuda_ops.HEAD_DIMS
-    for name in ("hadamard-int2", "int2", "turboquant-4", "turboquant-3.5")
+    for name in ("hadamard-int2", "int2", *(name for name in format_names() if "turboquant" in name or "qjl" in name))
     if cuda_ops.code_arguments(get_format(name).layout(dim, PAGE_TOKENS)) is not None
 ]
 MIXED = [0, 1, 15, 16, 17, 63, 127, 128, 129, 255, 300, 1000, 2049, 5000]
@@ -55,6 +55,7 @@ def run(step, unrotate=True, out=None):
         step.v_unrotation if unrotate else None,
         out,
         workspace,
+        step.q_signs,
         step.max_query_len,
         step.dim,
         *cuda_ops.code_arguments(step.layout),
@@ -112,7 +113,7 @@ def test_groups(make_step, worst_error, dim, name, group, batch):
 @pytest.mark.parametrize("window_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 16])
 @pytest.mark.parametrize("new", range(1, 9))
-@pytest.mark.parametrize("name", ["oscar-int2", "turboquant-4", "turboquant-3.5"])
+@pytest.mark.parametrize("name", ["oscar-int2", "turboquant-4", "turboquant-3.5", "turboquant-2.5-qjl"])
 def test_several_new_tokens(make_step, worst_error, name, new, group, window_dtype):
     """Speculative decoding: causal among the step's own tokens; requests may have fewer than the most, or none."""
     lengths = [(n, int(torch.randint(0, new + 1, ()))) for n in MIXED] + [(777, new)]
@@ -238,7 +239,7 @@ def test_cuda_graph(make_step, worst_error):
     with torch.cuda.graph(graph):
         torch.ops.vllm_kvcompress.decode(
             step.q, step.new_kv, step.pages, step.window_cache, step.table, step.window_table, step.starts, step.seq,
-            step.v_unrotation, step.out, workspace, 1, step.dim, *cuda_ops.code_arguments(step.layout), True, True,
+            step.v_unrotation, step.out, workspace, None, 1, step.dim, *cuda_ops.code_arguments(step.layout), True, True,
             step.sinks, step.recent, step.scale,
         )  # fmt: skip
     step.table.copy_(tables[0])

@@ -20,15 +20,17 @@ HELPERS = Path(__file__).resolve().parents[1] / "packaging" / "cuda_wheel.py"
 SCHEMAS = {
     "decode": "(Tensor q, Tensor new_kv, Tensor pages, Tensor? window_cache, Tensor block_table, Tensor? window_table, "
     "Tensor query_start_loc, Tensor seq_lens, Tensor? v_unrotation, Tensor(a!) out, Tensor(b!) workspace, "
-    "int max_query_len, int head_dim, int code, float level_scale, float level_bend, float more_level_scale, "
-    "float more_level_bend, bool page_means, bool window_is_bf16, int sink_tokens, int recent_tokens, float scale) "
-    "-> ()",
+    "Tensor? q_signs, int max_query_len, int head_dim, int code, float k_scale, float k_bend, float k_rest_scale, "
+    "float k_rest_bend, float v_scale, float v_bend, float v_rest_scale, float v_rest_bend, bool page_means, "
+    "bool window_is_bf16, int sink_tokens, int recent_tokens, float scale) -> ()",
     "decode_workspace_elements": "(int num_kv_heads, int group, int head_dim, int max_num_reqs, int max_query_len) "
     "-> int",
     "cuda_versions": "() -> (int, int)",
 }
 
-CODE = ("code", "level_scale", "level_bend", "more_level_scale", "more_level_bend")
+CODE = (
+    "code", "k_scale", "k_bend", "k_rest_scale", "k_rest_bend", "v_scale", "v_bend", "v_rest_scale", "v_rest_bend"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +51,8 @@ def arguments(device: str, head_dim: int | None = None, windows: bool | None = N
     """A step the op accepts, of random sizes; strides are as free as the op allows."""
     dim = head_dim or random.choice(cuda_ops.HEAD_DIMS)
     windows = random.random() < 0.5 if windows is None else windows
-    name = random.choice(("oscar-int2", "int2", "turboquant-4", "turboquant-3.5" if dim > 64 else "hadamard-int2"))
-    layout = get_format(name).layout(dim, PAGE_TOKENS)
+    layouts = [get_format(name).layout(dim, PAGE_TOKENS) for name in format_names()]
+    layout = random.choice([one for one in layouts if cuda_ops.code_arguments(one)])
     page_means, is_bf16 = layout.k_mean is not None, random.random() < 0.5
     kv_heads, group, reqs = random.randint(1, 4), random.randint(1, 16), random.randint(1, 5)
     tokens, heads = reqs + random.randint(0, 3), kv_heads * group
@@ -62,9 +64,11 @@ def arguments(device: str, head_dim: int | None = None, windows: bool | None = N
         count = torch.Size(inner).numel()
         return torch.zeros(*outer, count + pad, dtype=dtype, device=device)[..., :count].unflatten(-1, inner)
 
+    gap = 8 * random.randint(0, 2)
+    q_signs = None if layout.keys.signs is None else make(tokens, heads, dim, dtype=torch.float16, pad=gap)
     table = {"dtype": torch.int32, "pad": random.randint(0, 3)}
     return {
-        "q": make(tokens, heads, dim, dtype=torch.float16, pad=8 * random.randint(0, 2)),
+        "q": make(tokens, heads, dim, dtype=torch.float16, pad=gap),
         "new_kv": make(tokens + 2, kv_heads, 2 * dim, dtype=window_dtype, pad=8 * random.randint(0, 2), contiguous=2),
         "pages": make(3, kv_heads, layout.head_bytes, dtype=torch.uint8, pad=16 * random.randint(0, 2), contiguous=2),
         "window_cache": make(5, kv_heads, 16, 4 * dim, dtype=torch.uint8, pad=16, contiguous=3) if windows else None,
@@ -75,6 +79,7 @@ def arguments(device: str, head_dim: int | None = None, windows: bool | None = N
         "v_unrotation": make(kv_heads, dim, dim, dtype=torch.float16) if random.random() < 0.5 else None,
         "out": make(tokens, heads, dim, dtype=random.choice((torch.float16, torch.bfloat16)), pad=8),
         "workspace": make(64, dtype=torch.float32),
+        "q_signs": q_signs,
         "max_query_len": tokens,
         "head_dim": dim,
         **dict(zip(CODE, cuda_ops.code_arguments(layout), strict=True)),
@@ -98,11 +103,17 @@ def test_which_pages_the_op_reads():
         for dim in cuda_ops.HEAD_DIMS
         if (arguments := cuda_ops.code_arguments(get_format(name).layout(dim, PAGE_TOKENS)))
     }
-    names = ("oscar-int2", "oscar-int2-static", "hadamard-int2", "int2", "turboquant-4")
-    whole = {(name, dim): 4 if name == "turboquant-4" else 2 for name in names for dim in cuda_ops.HEAD_DIMS}
-    assert read == whole | {("turboquant-3.5", dim): 43 for dim in (128, 256)}
-    halves = get_format("turboquant-3.5").layout(128, PAGE_TOKENS)
-    assert cuda_ops.code_arguments(halves) == (43, *lloyd_max.cubic(64, 4), *lloyd_max.cubic(64, 3))
+    codes = dict.fromkeys(("oscar-int2", "oscar-int2-static", "hadamard-int2", "int2"), 2) | {
+        "oscar-int2-qjl": 102, "turboquant-4": 4, "turboquant-3.5": 43, "turboquant-2.5": 32,
+        "turboquant-3.5-qjl": 143, "turboquant-2.5-qjl": 132,
+    }  # fmt: skip
+    # A quarter of 64 channels is not a chunk of 32.
+    assert read == {
+        (name, dim): code for name, code in codes.items() for dim in cuda_ops.HEAD_DIMS if dim > 64 or "2.5" not in name
+    }
+    halves = get_format("turboquant-3.5-qjl").layout(128, PAGE_TOKENS)
+    three, two, four = (lloyd_max.cubic(64, bits) for bits in (3, 2, 4))
+    assert cuda_ops.code_arguments(halves) == (143, *three, *two, *four, *three)
 
 
 def test_versions(ops):
@@ -156,10 +167,17 @@ BAD = {
     "rows of out": (replaced("out", lambda x: torch.cat((x, x))), "out must be b?float16"),
     "rows of new_kv": (replaced("new_kv", lambda x: x[:0]), "new_kv must have a row for each of q's"),
     "bytes of a page": (
-        replaced("code", lambda x: 4 if x == 2 else 2),
+        replaced("code", lambda x: {2: 4, 102: 132}.get(x, 2 if x < 100 else 102)),
         r"pages must be uint8 \[any, \d+, \d+\], got uint8|must have means",
     ),
-    "code": (replaced("code", lambda x: 3), r"code must be 2 \(affine\), 4 or 43 \(Lloyd-Max\), got 3"),
+    "signs": (
+        lambda step: {**step, "q_signs": step["q"] if step["q_signs"] is None else None},
+        "q_signs goes with codes that have signs",
+    ),
+    "code": (
+        replaced("code", lambda x: 3),
+        r"code must be 2 or 102 \(affine\), 4, 43, 32, 143 or 132 \(Lloyd-Max\), got 3",
+    ),
     "rows of the table": (replaced("block_table", lambda x: x[:0]), "block_table must have a row for each of"),
     "query starts": (replaced("query_start_loc", lambda x: x[1:]), "query_start_loc must be int32"),
     "window rows": (replaced("window_cache", lambda x: x[..., 16:]), "window_cache must be uint8"),

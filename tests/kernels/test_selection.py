@@ -58,7 +58,14 @@ def test_interpreted_kernels_run_on_the_cpu_only_when_asked(monkeypatch):
         ("cuda", "cuda", HOPPER, BUILT, {"head_dim": 96}, "96"),
         ("cuda", "cuda", HOPPER, BUILT, {"page_tokens": 256}, "256"),
         ("cuda", "cuda", HOPPER, BUILT, {"group": 17}, "17"),
-        ("cuda", "cuda", HOPPER, BUILT, {"page_format": get_format("turboquant-2.5")}, "turboquant-2.5"),
+        (
+            "cuda",
+            "cuda",
+            HOPPER,
+            BUILT,
+            {"head_dim": 64, "page_format": get_format("turboquant-2.5")},
+            "turboquant-2.5",
+        ),
         ("cuda", "cuda", HOPPER, BUILT, {"dtype": torch.float32}, "float32"),
     ],
 )

@@ -54,6 +54,8 @@ class LayerConstants:
     clip_v: torch.Tensor
     sketch: torch.Tensor | None
     """S [D, D] float16 contiguous, of formats with residual signs"""
+    sign_rotation: torch.Tensor | None
+    """[H, D, D] float16 contiguous: queries to S times them in cache space"""
 
     def update(self, other: LayerConstants) -> None:
         """Take over values; the memory stays, for captured graphs read it."""
@@ -82,6 +84,12 @@ def layer_constants(
         given = torch.as_tensor(share, dtype=torch.float32, device=device)
         return given.expand(num_kv_heads).contiguous()
 
+    sign_rotation = None
+    if sketch is not None:
+        sketch = sketch.to(device)
+        sign_rotation = (sketch.mT if k_rotation is None else k_rotation.to(device, sketch.dtype) @ sketch.mT).expand(
+            num_kv_heads, -1, -1
+        )
     return LayerConstants(
         k_rotation=half(k_rotation),
         v_rotation=half(v_rotation),
@@ -90,6 +98,7 @@ def layer_constants(
         clip_k=clip(clip_k),
         clip_v=clip(clip_v),
         sketch=half(sketch),
+        sign_rotation=half(sign_rotation),
     )
 
 
@@ -152,6 +161,8 @@ class GpuAttention:
             "q": ((tokens, *per_query), torch.float16),
             "workspace": ((self._workspace_elements,), torch.float32),
         }
+        if self.decode_kernel == "cuda" and self.constants.sign_rotation is not None:
+            shapes["q_signs"] = ((decode_tokens, *per_query), torch.float16)
         new_kv = (self.num_kv_heads, 2 * self.head_dim)
         if self.flash is None:
             shapes["new_kv"] = ((tokens, *new_kv), self.window_dtype)
@@ -256,6 +267,10 @@ class GpuAttention:
         """New tokens, just written to scratch's new_kv, over the pages as they are."""
         rotated = scratch["q"][: part.num_tokens]
         rotate(query, self.constants.k_rotation, rotated)
+        q_signs = None
+        if kernel == "cuda" and self.constants.sign_rotation is not None:
+            q_signs = scratch["q_signs"][: part.num_tokens]
+            rotate(query, self.constants.sign_rotation, q_signs)
         cache_out = scratch.get("cache_out")
         rows = Rows(
             query_start_loc=part.query_start_loc,
@@ -275,6 +290,7 @@ class GpuAttention:
             self.scale,
             out,
             sketch=self.constants.sketch,
+            q_signs=q_signs,
             cache_out=None if cache_out is None else cache_out[: part.num_tokens],
             workspace=scratch["workspace"],
         )

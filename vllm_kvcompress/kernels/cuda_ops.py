@@ -2,8 +2,9 @@
 """Loads the CUDA extension (csrc/): `torch.ops.vllm_kvcompress.decode` and what belongs to it.
 
     decode(q, new_kv, pages, window_cache?, block_table, window_table?, query_start_loc, seq_lens, v_unrotation?,
-           out (written), workspace (written), max_query_len, head_dim, code, level_scale, level_bend,
-           more_level_scale, more_level_bend, page_means, window_is_bf16, sink_tokens, recent_tokens, scale) -> ()
+           out (written), workspace (written), q_signs?, max_query_len, head_dim, code, scale and bend of the levels of
+           keys, of the rest of the keys, of values and of the rest of the values, page_means, window_is_bf16,
+           sink_tokens, recent_tokens, scale) -> ()
     decode_workspace_elements(num_kv_heads, group, head_dim, max_num_reqs, max_query_len) -> int
     cuda_versions() -> (int, int)
 
@@ -28,25 +29,35 @@ HEAD_DIMS = (64, 128, 256)
 _loaded = False
 
 
+# (key bits, value bits) of parts, and whether keys have signs, of csrc/decode.h's codes of Lloyd-Max levels.
+_CODES = {
+    ((4,), (4,), False): 4,
+    ((4, 3), (4, 3), False): 43,
+    ((3, 2), (3, 2), False): 32,
+    ((3, 2), (4, 3), True): 143,
+    ((2, 1), (3, 2), True): 132,
+}
+_CHUNK = 32
+"""Channels of a part are a multiple of it."""
+
+
 @functools.cache
-def code_arguments(layout: PageLayout) -> tuple[int, float, float, float, float] | None:
+def code_arguments(layout: PageLayout) -> tuple[int | float, ...] | None:
     """What `decode` takes as `code` (csrc/decode.h) and as levels of its parts; None if it does not read such pages."""
     keys, values = layout.keys, layout.values
-    bits = tuple(part.bits for part in keys.parts)
-    sizes = {part.channels for part in keys.parts}
-    alike = keys.quantizer == values.quantizer and bits == tuple(part.bits for part in values.parts)
-    if not alike or keys.signs is not None or len(sizes) > 1:
+    signs = keys.signs is not None
+    if keys.quantizer == values.quantizer == "affine":
+        return (102 if signs else 2, *[0.0] * 8)
+    key_bits, value_bits = (tuple(part.bits for part in row.parts) for row in (keys, values))
+    code = _CODES.get((key_bits, value_bits, signs))
+    parts = (*keys.parts, *values.parts)
+    if code is None or layout.k_mean is None or any(part.channels % _CHUNK for part in parts):
         return None
-    if keys.quantizer == "affine":
-        return 2, 0.0, 0.0, 0.0, 0.0
-    if layout.k_mean is None:
-        return None
-    if bits == (4,):
-        return 4, *lloyd_max.cubic(layout.head_dim, 4), 0.0, 0.0
-    if bits == (4, 3) and layout.head_dim in (128, 256):
-        half = layout.head_dim // 2
-        return 43, *lloyd_max.cubic(half, 4), *lloyd_max.cubic(half, 3)
-    return None
+    levels: list[float] = []
+    for row in (keys, values):
+        found = [x for part in row.parts for x in lloyd_max.cubic(part.channels, part.bits)]
+        levels += [*found, 0.0, 0.0][:4]
+    return code, *levels
 
 
 @functools.cache

@@ -64,6 +64,7 @@ def decode(
     out: torch.Tensor,
     *,
     sketch: torch.Tensor | None = None,
+    q_signs: torch.Tensor | None = None,
     cache_out: torch.Tensor | None,
     workspace: torch.Tensor,
 ) -> None:
@@ -76,6 +77,7 @@ def decode(
         v_unrotation: [H, D, D] float16, R_v^T; None: identity.
         out: [T, Hq, D] in the model's dtype, written, un-rotated.
         sketch: S [D, D] float16, of formats with residual signs; Triton's.
+        q_signs: S q, as q, of formats with residual signs; CUDA's.
         cache_out: [T, Hq, D] float16 scratch; Triton's, and only with an un-rotation.
         workspace: 1-D float32 of `decode_workspace_elements`.
     """
@@ -94,6 +96,7 @@ def decode(
             v_unrotation,
             out,
             workspace,
+            q_signs,
             rows.max_query_len,
             cache.layout.head_dim,
             *code,
