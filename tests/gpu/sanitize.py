@@ -57,8 +57,8 @@ def main() -> None:
         )
         torch.ops.vllm_kvcompress.decode(
             step.q, step.new_kv, step.pages, step.window_cache, step.table, step.window_table, step.starts, step.seq,
-            step.v_unrotation, step.out, workspace, step.q_signs, step.max_query_len, dim, *cuda_ops.code_arguments(step.layout),
-            step.layout.k_mean is not None, True, sinks, recent, step.scale,
+            step.v_unrotation, step.out, workspace, step.q_signs, step.max_query_len, dim,
+            *cuda_ops.code_arguments(step.layout), step.layout.k_mean is not None, True, sinks, recent, step.scale,
         )  # fmt: skip
         torch.cuda.synchronize()
         print(f"head size {dim}, group {group}, up to {step.max_query_len} new tokens, {name}: ran", flush=True)

@@ -239,8 +239,8 @@ def test_cuda_graph(make_step, worst_error):
     with torch.cuda.graph(graph):
         torch.ops.vllm_kvcompress.decode(
             step.q, step.new_kv, step.pages, step.window_cache, step.table, step.window_table, step.starts, step.seq,
-            step.v_unrotation, step.out, workspace, None, 1, step.dim, *cuda_ops.code_arguments(step.layout), True, True,
-            step.sinks, step.recent, step.scale,
+            step.v_unrotation, step.out, workspace, None, 1, step.dim, *cuda_ops.code_arguments(step.layout), True,
+            True, step.sinks, step.recent, step.scale,
         )  # fmt: skip
     step.table.copy_(tables[0])
     step.window_table.copy_(tables[1])
