@@ -132,7 +132,7 @@ def attend(
 
     group = query_heads // heads
     block_d = constants["BLOCK_D"]
-    tile = _tile(max_query_len * group, block_d, _paged.narrowest(constants["V_PARTS"]))
+    tile = _tile(max_query_len * group, block_d, _paged.narrowest(constants["V_PARTS"]), layout.is_two_bit)
     row_tiles = triton.cdiv(max_query_len * group, tile["BLOCK_M"])
     _attend_kernel[(row_tiles * heads, num_splits, requests)](
         q,
@@ -189,7 +189,7 @@ def workspace_elements(num_tokens: int, num_query_heads: int, head_dim: int, num
     return num_splits * num_tokens * num_query_heads * (head_dim + 2) if num_splits > 1 else 0
 
 
-def _tile(rows: int, block_d: int, columns: int) -> dict[str, int]:
+def _tile(rows: int, block_d: int, columns: int, two_bit: bool) -> dict[str, int]:
     """Tile and launch options for so many query rows a KV head and request.
 
     Chosen by the machine code's instructions, registers and shared memory (less than 99 KiB). Warps divide a product's
@@ -208,7 +208,10 @@ def _tile(rows: int, block_d: int, columns: int) -> dict[str, int]:
         return {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_E": 32, "num_warps": 4, "num_stages": 3, "maxnreg": maxnreg}
     if block_d == 256:
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_E": 32, "num_warps": 4, "num_stages": 3}
-    if rows <= 32:
+    # Tiles of 64 rows become warpgroup products (sm_90), each with its operands' descriptors in uniform registers. The
+    # kernels of chunked formats need more of those than there are, and ptxas (12.8, as Triton 3.6 brings it) then gives
+    # a loop's counter the register of a descriptor: an illegal memory access, seen with turboquant-3.5 at head size 64.
+    if rows <= 32 or not two_bit:
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_E": 32, "num_warps": 2, "num_stages": 3}
     return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 3}
 

@@ -8,7 +8,7 @@ from vllm_kvcompress.formats import format_names, get_format
 from vllm_kvcompress.formats.base import SUPPORTED_HEAD_DIMS, write_tokens
 from vllm_kvcompress.kernels.reference import attend_reference
 from vllm_kvcompress.quantizers import qjl
-from vllm_kvcompress.triton_kernels.attend import attend, workspace_elements
+from vllm_kvcompress.triton_kernels.attend import _tile, attend, workspace_elements
 
 BLOCK = 16
 SCALE = 0.1
@@ -290,6 +290,14 @@ def test_output_dtypes(device, dtype, num_splits):
     # Rounding of the output comes on top; Triton's interpreter truncates to bfloat16.
     tolerance = TOLERANCE + torch.finfo(dtype).eps
     Batch([(140, 1)]).check(device, tolerance, out_dtype=dtype, num_splits=num_splits)
+
+
+def test_chunked_formats_are_kept_from_warpgroup_products():
+    """64 rows and 4 warps are what Triton turns into them, and ptxas gets those of our chunked kernels wrong."""
+    tiles = [
+        _tile(rows, dim, columns, False) for rows in (1, 17, 33, 200) for dim in (64, 128, 256) for columns in (8, 32)
+    ]
+    assert max(tile["BLOCK_M"] for tile in tiles) < 64
 
 
 def test_refusals(device):
