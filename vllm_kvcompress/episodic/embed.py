@@ -2,7 +2,7 @@
 """Texts as vectors whose cosine says how much they are about the same things.
 
 The default needs no second model: a text is a weighted mean of the served model's own input embeddings. Taken plainly,
-as in EpiCache's code (arXiv 2509.17396), such means route questions no better than chance, for all texts share the
+as in EpiCache's code (arXiv 2509.17396), such means route questions hardly better than chance, for all texts share the
 same frequent words and all embeddings one large common component. Both are removed here, as in SIF (Arora, Liang and
 Ma, "A simple but tough-to-beat baseline for sentence embeddings", ICLR 2017):
 
@@ -11,7 +11,10 @@ Ma, "A simple but tough-to-beat baseline for sentence embeddings", ICLR 2017):
 - the windows' mean is subtracted from each text's vector;
 - texts are lower-cased first: `Cat`, ` Cat` and ` cat` are unrelated tokens to most vocabularies.
 
-What each of these is worth on LoCoMo: benchmarks/episodic_routing.py.
+On LoCoMo with 4 episodes and SmolLM2-135M, plain means find 27 % of a question's evidence in an episode with 24 % of
+the windows; these find 54 % in 26 %, and 65 % where the nearest window decides instead of the nearest centroid. Without
+the windows' mean it would be 67 % and 73 %, but of episodes so unequal that the chosen one has 43 % of the windows.
+all-MiniLM-L6-v2, the paper's embedder, finds 62 % in 29 %. benchmarks/episodic_routing.py measures it.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from scipy.sparse import csr_matrix
 
 from vllm_kvcompress.errors import KVCompressError
 from vllm_kvcompress.weight_files import SINGLE_FILE, read_index
@@ -95,32 +99,32 @@ class TokenEmbedder:
 
     def fitted(self, texts: Sequence[str]) -> TokenEmbedder:
         """With the weights and the mean of n windows; a token in m of them weighs log((n + 1) / (m + 1))."""
-        kinds = [np.unique(ids) for ids in self._tokens(texts)]
-        ids, windows_with = np.unique(np.concatenate([*kinds, np.zeros(0, np.int64)]), return_counts=True)
+        tokens = self._tokens(texts)
+        present = np.concatenate([*map(np.unique, tokens), np.zeros(0, np.int64)])
+        ids, windows_with = np.unique(present, return_counts=True)
         weights = np.log((len(texts) + 1) / (windows_with + 1)).astype(np.float32)
         fitted = copy.copy(self)
         # Of one window, or of one many times, nothing would be left.
         fitted._weights = _Weights(ids, weights) if weights.any() else None
-        fitted._centre = None
-        vectors = fitted.embed(texts)
-        if len(np.unique(vectors, axis=0)) > 1:
-            fitted._centre = vectors.mean(0)
+        means = fitted._means(tokens)
+        fitted._centre = means.mean(0) if len(np.unique(means, axis=0)) > 1 else None
         return fitted
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """As `Embedder.embed`; a text's vector does not depend on the texts that come with it."""
-        rows = np.zeros((len(texts), self._table.shape[1]), dtype=np.float32)
-        for row, ids in zip(rows, self._tokens(texts), strict=True):
-            kinds, counts = np.unique(ids, return_counts=True)
-            weights = counts.astype(np.float32)
-            if self._weights is not None:
-                weights *= self._weights.of(kinds)
-            vectors = self._table[torch.from_numpy(kinds)].float() - self._common
-            row[:] = weights @ unit_rows(vectors.numpy())
-        rows = unit_rows(rows)
+        means = self._means(self._tokens(texts))
         if self._centre is None:
-            return rows
-        return unit_rows(np.where(rows.any(-1, keepdims=True), rows - self._centre, 0))
+            return means
+        return unit_rows(np.where(means.any(-1, keepdims=True), means - self._centre, 0))
+
+    def _means(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
+        """[n, d] float32 of norm 1: weighted means of the tokens' vectors, not yet around the windows' mean."""
+        ids, columns = np.unique(np.concatenate([*tokens, np.zeros(0, np.int64)]), return_inverse=True)
+        vectors = unit_rows((self._table[torch.from_numpy(ids)].float() - self._common).numpy())
+        weights = np.ones(len(ids), np.float32) if self._weights is None else self._weights.of(ids)
+        starts = np.cumsum([0, *map(len, tokens)])
+        counts = csr_matrix((weights[columns], columns, starts), (len(tokens), len(ids)))
+        return unit_rows(counts @ vectors)
 
     def _tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Of each text, its ids within the table; tokens added to a tokenizer may lie outside."""
