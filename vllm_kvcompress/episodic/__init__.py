@@ -3,7 +3,9 @@
 
 After EpiCache (arXiv 2509.17396). Modules, in the order in which a history passes them: `segment` cuts it into windows,
 `embed` makes vectors of them, `cluster` episodes, `router` keeps these as the history grows and routes questions;
-`identity` tells histories apart, `settings` is what a user may set. Nothing here knows of the engine.
+`identity` tells histories apart, `settings` is what a user may set. None of these knows of the engine.
+
+`policies` says which tokens a layer keeps, and how many, in plain torch.
 """
 
 from vllm_kvcompress.episodic.embed import (
