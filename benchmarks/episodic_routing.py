@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from vllm_kvcompress.episodic import (
+from vllm_kvcompress.episodic import cluster
+from vllm_kvcompress.episodic.embed import (
     Embedder,
-    EpisodeRouter,
-    EpisodicSettings,
     SentenceTransformerEmbedder,
     TokenEmbedder,
-    cluster,
     token_embeddings,
+    unit_rows,
 )
-from vllm_kvcompress.episodic.embed import unit_rows
+from vllm_kvcompress.episodic.router import EpisodeRouter
+from vllm_kvcompress.episodic.settings import EpisodicSettings
 from vllm_kvcompress.evaluation.locomo import Conversation, read_folder
 from vllm_kvcompress.evaluation.routing import RoutedQuestion, route_questions, routing_figures
 from vllm_kvcompress.rotations import model_folder

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -187,6 +188,64 @@ def register_cache_spec(spec: type, manager: type) -> None:
 
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)
+
+
+def watch_loaded_models() -> None:
+    """Remember the model of every configuration (`loaded_model`): a KV connector is not given it.
+
+    0.32, 0.33: `BaseModelLoader.load_model`, through which both model runners load. Drafts have another model_config.
+    """
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    loader: Any = BaseModelLoader
+    original = loader.load_model
+    if getattr(original, "_kvcompress", False):
+        return
+
+    @functools.wraps(original)
+    def load_model(self, vllm_config, model_config, *args, **kwargs):
+        model = original(self, vllm_config, model_config, *args, **kwargs)
+        if model_config is vllm_config.model_config:
+            _models[vllm_config.instance_id] = weakref.ref(model)
+        return model
+
+    load_model._kvcompress = True  # type: ignore[attr-defined]
+    loader.load_model = load_model
+
+
+_models: dict[str, weakref.ref] = {}
+
+
+def loaded_model(vllm_config: Any) -> Any:
+    """The model of this process that was loaded for a configuration."""
+    model = _models[vllm_config.instance_id]()
+    assert model is not None
+    return model
+
+
+def wrap_request_check(check: Callable[[Any, Any], None]) -> None:
+    """Run `check(vllm_config, sampling_params)` on every generation request, before it reaches the engine core.
+
+    What it raises as a ValueError is the client's error (HTTP 400); in the engine core it would end the engine.
+
+    0.32, 0.33: vllm/v1/engine/input_processor.py, `InputProcessor._validate_params`.
+    """
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    processor: Any = InputProcessor
+    original = processor._validate_params
+    if getattr(original, "_kvcompress", False):
+        return
+
+    @functools.wraps(original)
+    def _validate_params(self, params, *args, **kwargs):
+        if isinstance(params, SamplingParams):
+            check(self.vllm_config, params)
+        return original(self, params, *args, **kwargs)
+
+    _validate_params._kvcompress = True  # type: ignore[attr-defined]
+    processor._validate_params = _validate_params
 
 
 DEFAULT_BLOCK_SIZES = {"gpu": 16, "cpu": 128}

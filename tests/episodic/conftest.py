@@ -7,7 +7,8 @@ import secrets
 import pytest
 import torch
 
-from vllm_kvcompress.episodic import TokenEmbedder, Utterance
+from vllm_kvcompress.episodic.embed import TokenEmbedder
+from vllm_kvcompress.episodic.segment import Utterance
 
 _LINES = """\
 garden: tomato seedling compost trellis watering greenhouse pruning harvest soil basil

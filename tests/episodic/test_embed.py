@@ -14,8 +14,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.torch import save_file
 
-from vllm_kvcompress.episodic import SentenceTransformerEmbedder, TokenEmbedder, make_embedder, token_embeddings
-from vllm_kvcompress.episodic.embed import unit_rows
+from vllm_kvcompress.episodic.embed import (
+    SentenceTransformerEmbedder,
+    TokenEmbedder,
+    make_embedder,
+    token_embeddings,
+    unit_rows,
+)
 from vllm_kvcompress.errors import KVCompressError
 
 from .conftest import Words, say

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvcompress.episodic import Utterance
 from vllm_kvcompress.episodic.identity import digest, turn_digests
+from vllm_kvcompress.episodic.segment import Utterance
 
 turns = st.builds(Utterance, st.text(max_size=3), st.text(st.characters(), max_size=5), rest=st.text(max_size=3))
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vllm_kvcompress.episodic import EpisodeRouter, EpisodicSettings, Utterance, chat_utterances
-from vllm_kvcompress.episodic.router import clustered_windows
+from vllm_kvcompress.episodic.router import EpisodeRouter, clustered_windows
+from vllm_kvcompress.episodic.segment import Utterance, chat_utterances
+from vllm_kvcompress.episodic.settings import EpisodicSettings
 from vllm_kvcompress.errors import KVCompressError
 
 from .conftest import TOPICS, say, talk

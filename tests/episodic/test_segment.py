@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvcompress.episodic import Utterance, chat_utterances, segment
-from vllm_kvcompress.episodic.segment import UTTERANCE_CHARACTERS, split_turn
+from vllm_kvcompress.episodic.segment import UTTERANCE_CHARACTERS, Utterance, chat_utterances, segment, split_turn
 from vllm_kvcompress.errors import KVCompressError
 
 # All of Unicode, halves of UTF-16 pairs too, with many ends of sentences.

@@ -4,7 +4,7 @@
 import pytest
 from pydantic import ValidationError
 
-from vllm_kvcompress.episodic import EpisodicSettings
+from vllm_kvcompress.episodic.settings import EpisodicSettings
 
 
 def test_defaults():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvcompress.episodic import Utterance
+from vllm_kvcompress.episodic.segment import Utterance
 from vllm_kvcompress.errors import KVCompressError
 from vllm_kvcompress.evaluation.locomo import (
     Category,

@@ -4,7 +4,9 @@
 import numpy as np
 import pytest
 
-from vllm_kvcompress.episodic import EpisodeRouter, EpisodicSettings, Utterance
+from vllm_kvcompress.episodic.router import EpisodeRouter
+from vllm_kvcompress.episodic.segment import Utterance
+from vllm_kvcompress.episodic.settings import EpisodicSettings
 from vllm_kvcompress.evaluation.locomo import Category, Conversation, Question, Session
 from vllm_kvcompress.evaluation.routing import RoutedQuestion, route_questions, routing_figures
 

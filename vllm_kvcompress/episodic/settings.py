@@ -7,9 +7,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vllm_kvcompress.episodic.embed import TOKENS
 from vllm_kvcompress.episodic.segment import WINDOW_UTTERANCES
 
+TOKENS = "tokens"
+"""Name of the default embedder: the served model's own token embeddings."""
 PAGE_TOKENS = 128
 MIN_BUDGET = 4 * PAGE_TOKENS
 """A layer keeps at least a quarter of the budget, and a page is the least it can keep."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_kvcompress.episodic import EpisodeRouter
+from vllm_kvcompress.episodic.router import EpisodeRouter
 from vllm_kvcompress.evaluation.locomo import Conversation
 
 

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's side of eviction: the guide prompt's forward pass, compaction, tables without freed pages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.forward_context import set_forward_context
+
+from vllm_kvcompress import compat
+from vllm_kvcompress.attention.backend import KVCompressMetadata
+from vllm_kvcompress.attention.pages import PageSpec
+from vllm_kvcompress.attention.window_layer import WindowMetadata
+from vllm_kvcompress.attention.windows import WindowSpec
+from vllm_kvcompress.checks import resolve
+from vllm_kvcompress.episodic.policies import POLICIES
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.attention.impl import KVCompressImpl
+    from vllm_kvcompress.episodic.connector import NullRange, Order
+
+
+class EvictionWorker:
+    def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
+        self._config = vllm_config
+        self._groups = [(group.kv_cache_spec, group.layer_names) for group in kv_cache_config.kv_cache_groups]
+        self._context = vllm_config.compilation_config.static_forward_context
+
+    def compact(self, order: Order) -> None:
+        """Evict from one group's layers; the pages are still as the step before left them."""
+        spec, layers = self._groups[order.group]
+        queries = self._run(order, layers) if order.queries else {}
+        table = order.tables[order.group]
+        pages_in_use = -(-order.num_tokens // spec.block_size)
+        null = range(order.eviction.budget_pages, order.begin)
+        live = [page for index, page in enumerate(table[:pages_in_use]) if index not in null]
+        num_slots = order.num_tokens - len(null) * spec.block_size
+        device = self._config.device_config.device
+        table_tensor = torch.tensor(live, dtype=torch.int64, device=device)
+        for name in layers:
+            layer = self._context[name]
+            layer.impl.compact(
+                layer.kv_cache,
+                table_tensor,
+                num_slots,
+                num_sources=order.end - len(null),
+                budget_pages=order.eviction.budget_pages,
+                policy=POLICIES[order.eviction.policy],
+                protected_tokens=order.eviction.protected_tokens,
+                queries=queries.get(name),
+            )
+
+    def null(self, ranges: list[NullRange], attn_metadata: dict[str, Any]) -> None:
+        """Take freed pages out of the step's tables: the runner only ever appends to its rows."""
+        for item in ranges:
+            table = attn_metadata[self._groups[item.group][1][0]].block_table
+            # A page that is being written belongs to one request alone.
+            rows = (table[:, item.tail_index] == item.tail).nonzero().flatten()
+            if len(rows) != 1:
+                raise RuntimeError(f"page {item.tail} is the tail of {len(rows)} requests in this step")
+            table[rows[0], item.begin : item.end] = 0
+
+    def _run(self, order: Order, layers: list[str]) -> dict[str, torch.Tensor]:
+        """Queries [Q, Hq, D] of every layer of a forward pass over the cache that leaves nothing behind in it."""
+        count, device = len(order.queries), self._config.device_config.device
+        found: dict[str, torch.Tensor] = {}
+        observed: list[KVCompressImpl] = []
+        for name in layers:
+            impl = self._context[name].impl
+
+            def keep(query: torch.Tensor, name: str = name) -> None:
+                found[name] = query.detach().clone()
+
+            impl.observe = keep
+            observed.append(impl)
+        model = compat.loaded_model(self._config)
+        try:
+            with (
+                set_forward_context(self._metadata(order, count), self._config, num_tokens=count, skip_compiled=True),
+                torch.inference_mode(),
+            ):
+                model(
+                    input_ids=torch.tensor(order.queries, device=device),
+                    positions=torch.arange(order.position, order.position + count, device=device),
+                )
+        finally:
+            for impl in observed:
+                impl.observe = None
+        return found
+
+    def _metadata(self, order: Order, count: int) -> dict[str, Any]:
+        """Attention metadata of one request with `count` new tokens that are not stored."""
+        resolved, device = resolve(self._config), self._config.device_config.device
+        nowhere = torch.full((count,), -1, dtype=torch.int64, device=device)
+        found: dict[str, Any] = {}
+        for number, (spec, layers) in enumerate(self._groups):
+            table = torch.tensor([order.tables[number]], dtype=torch.int32, device=device)
+            metadata: Any
+            if isinstance(spec, WindowSpec):
+                metadata = WindowMetadata(table, nowhere, spec.block_size)
+            else:
+                assert isinstance(spec, PageSpec)
+                metadata = KVCompressMetadata(
+                    num_actual_tokens=count,
+                    query_start_loc=torch.tensor([0, count], dtype=torch.int32),
+                    seq_lens=torch.tensor([order.position + count], dtype=torch.int32),
+                    block_table=table,
+                    slot_mapping=nowhere,
+                    page_tokens=spec.block_size,
+                    centres_pages=resolved.page_format.centring == "page",
+                    sink_tokens=resolved.sink_tokens,
+                    recent_tokens=resolved.recent_tokens,
+                )
+            found.update(dict.fromkeys(layers, metadata))
+        return found
