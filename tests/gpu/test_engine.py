@@ -13,10 +13,10 @@ TOKENS = 48
 RUN = f"""
 import json, sys
 from vllm import LLM, SamplingParams
-model, text_file, graphs = sys.argv[1:4]
+model, text_file, graphs, page_format = sys.argv[1:5]
 # Memory is given, not measured: vLLM refuses to start where another process frees memory meanwhile. The utilisation is
 # what must be free at the start.
-llm = LLM(model, kv_cache_dtype="oscar-int2", max_model_len=8192, max_num_batched_tokens=1024, max_num_seqs=8,
+llm = LLM(model, kv_cache_dtype=page_format, max_model_len=8192, max_num_batched_tokens=1024, max_num_seqs=8,
           gpu_memory_utilization=0.1, kv_cache_memory_bytes=1 << 30, enable_flashinfer_autotune=False,
           enable_prefix_caching=False, seed=0,
           compilation_config={{}} if graphs == "graphs" else {{"cudagraph_mode": "NONE"}})
@@ -28,17 +28,17 @@ print("TOKENS", json.dumps([list(llm.generate([p], sampling)[0].outputs[0].token
 """
 
 
-def generate(model, graphs):
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(model), str(README), graphs], capture_output=True, text=True, timeout=600
-    )
+def generate(model, graphs, page_format):
+    arguments = [str(model), str(README), graphs, page_format]
+    done = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     (line,) = (x for x in done.stdout.splitlines() if x.startswith("TOKENS "))
     return json.loads(line.removeprefix("TOKENS "))
 
 
 @pytest.mark.skipif(not README.is_file(), reason="the text is the README of the source tree")
-def test_greedy_text_is_the_same_with_and_without_cuda_graphs(demo_model):
-    with_graphs, without = generate(demo_model, "graphs"), generate(demo_model, "none")
+@pytest.mark.parametrize("page_format", ["oscar-int2", "turboquant-3.5", "turboquant-2.5-qjl"])
+def test_greedy_text_is_the_same_with_and_without_cuda_graphs(demo_model, page_format):
+    with_graphs, without = (generate(demo_model, graphs, page_format) for graphs in ("graphs", "none"))
     assert [len(tokens) for tokens in with_graphs] == [TOKENS] * 4
     assert with_graphs == without
