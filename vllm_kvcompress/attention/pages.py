@@ -13,7 +13,7 @@ sent: whoever gets them writes in that step's forward pass, and the worker compa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -22,7 +22,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
 from vllm_kvcompress import compat
+from vllm_kvcompress.attention.adoption import AdoptsBlocks
 from vllm_kvcompress.episodic.request import Eviction, is_private
+
+_ROOM_FOR_WINDOWS = 64
+"""Blocks that a request's other groups may ask for in the same breath."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +62,19 @@ class _State:
     end: int = 0
     """Pages [budget_pages, end) of the table are null; 0: nothing was compacted yet"""
     prompt_done: bool = False
+    shared: bool = False
+    """The kept pages belong to a stored episode, too: they are not compacted again"""
 
 
-class PageManager(FullAttentionManager):
+class PageManager(AdoptsBlocks, FullAttentionManager):
     """Full attention, of which evicting requests keep a budget."""
 
     def __init__(self, kv_cache_spec: PageSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._states: dict[str, _State] = {}
         self._due: list[Compaction] = []
+        self.make_room: Callable[[int], None] | None = None
+        """Asked to let kept pages go where fewer blocks than these are free"""
 
     def begin_eviction(self, request_id: str, eviction: Eviction) -> None:
         """The request keeps `eviction.budget_pages` pages from its first step on."""
@@ -86,6 +94,17 @@ class PageManager(FullAttentionManager):
         state = self._states[request_id]
         return (state.eviction.budget_pages, state.end) if state.end else (0, 0)
 
+    def adopt(self, request_id: str, blocks: list[KVCacheBlock], end: int) -> None:
+        """Offer the request the kept pages of a stored episode, of which [budget_pages, end) are null."""
+        self.offer(request_id, blocks)
+        state = self._states[request_id]
+        state.end, state.shared = end, True
+
+    def withdraw_offers(self) -> None:
+        for request_id in self._offers:  # not taken
+            self._states[request_id] = _State(self._states[request_id].eviction)
+        super().withdraw_offers()
+
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
@@ -95,7 +114,7 @@ class PageManager(FullAttentionManager):
         reaches into its last block, so all pages before it are full when the step begins.
         """
         state = self._states.get(request_id)
-        if state is None:
+        if state is None or state.shared:
             return
         blocks = self.req_to_blocks.get(request_id)
         if not blocks:
@@ -141,10 +160,13 @@ class PageManager(FullAttentionManager):
             apply_admission_cap,
             prefill_end,
         )
+        wanted = max(0, wanted - self.offered(request_id))
         state = self._states.get(request_id)
         if state is not None and apply_admission_cap:
             # The gate asks for the whole prompt at once; what the request needs is its peak.
-            return min(wanted, state.eviction.peak_pages(self.block_size))
+            wanted = min(wanted, state.eviction.peak_pages(self.block_size))
+        if wanted and self.make_room is not None:
+            self.make_room(wanted + _ROOM_FOR_WINDOWS)
         return wanted
 
     def cache_blocks(self, request: Request, *args, **kwargs) -> None:

@@ -23,6 +23,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 from vllm.v1.request import Request
 
 from vllm_kvcompress import compat
+from vllm_kvcompress.attention.adoption import AdoptsBlocks
 from vllm_kvcompress.episodic.request import is_private
 
 
@@ -97,7 +98,7 @@ def make_window_spec(
     )
 
 
-class WindowManager(SlidingWindowManager):
+class WindowManager(AdoptsBlocks, SlidingWindowManager):
     """Keeps sinks and the sliding window; see `WindowSpec` for the arithmetic."""
 
     kv_cache_spec: WindowSpec
@@ -170,7 +171,7 @@ class WindowManager(SlidingWindowManager):
         prefill_end: int = 0,
     ) -> int:
         """Blocks that `allocate_new_blocks` will take from the pool, plus cached ones that a hit takes back from it."""
-        held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
+        held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks) + self.offered(request_id)
         if not new_computed_blocks and not apply_admission_cap and held * self.block_size >= num_tokens:
             return 0  # most steps of a decode
         wanted = len(self._blocks_to_allocate(held, num_tokens, num_tokens_main_model))

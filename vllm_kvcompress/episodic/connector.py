@@ -16,15 +16,22 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.v1.request import RequestStatus
 
+from vllm_kvcompress.attention.adoption import AdoptsBlocks
 from vllm_kvcompress.attention.pages import PageManager
+from vllm_kvcompress.attention.windows import WindowManager
 from vllm_kvcompress.checks import eviction_defaults
 from vllm_kvcompress.episodic.policies import POLICIES
-from vllm_kvcompress.episodic.request import Eviction, parse
+from vllm_kvcompress.episodic.request import Eviction, Wanted, parse
+from vllm_kvcompress.episodic.store import EpisodeStore, Kept, digest
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
+
+
+_COMPLETE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,10 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._defaults = eviction_defaults(vllm_config)
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[str, tuple[Request, Wanted]] = {}
+        self._reused: dict[str, int] = {}
+        """Tokens that a request took over from a stored episode"""
+        self._store: EpisodeStore | None = None
         self._worker: Any = None
         if role == KVConnectorRole.WORKER:
             from vllm_kvcompress.episodic.worker import EvictionWorker
@@ -80,18 +90,25 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         managers = self._kv_cache_manager.coordinator.single_type_managers
         return [(group, manager) for group, manager in enumerate(managers) if isinstance(manager, PageManager)]
 
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._store = EpisodeStore(kv_cache_manager.block_pool)
+        for _, manager in self._page_managers():
+            manager.make_room = self._store.make_room
+
     def on_new_request(self, request: Request) -> None:
         params = request.sampling_params
         # Refused where the user's request is parsed if it is wrong.
-        eviction = None if params is None else parse(params.extra_args, self._defaults)
-        if eviction is None:
+        wanted = None if params is None else parse(params.extra_args, self._defaults)
+        if wanted is None:
             return
         request.skip_reading_prefix_cache = True  # pages that others share must not be written
-        self._requests[request.request_id] = request
+        self._requests[request.request_id] = (request, wanted)
         for _, manager in self._page_managers():
-            manager.begin_eviction(request.request_id, eviction)
+            manager.begin_eviction(request.request_id, wanted.eviction)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> EvictionMetadata:
+        self._settle()
         if not self._requests:
             return EvictionMetadata([], [])
         orders = [
@@ -108,7 +125,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         return EvictionMetadata(orders, ranges)
 
     def _order(self, group: int, compaction: Any) -> Order:
-        request, eviction = self._requests[compaction.request_id], compaction.eviction
+        request, eviction = self._requests[compaction.request_id][0], compaction.eviction
         assert self._kv_cache_manager is not None
         blocks = self._kv_cache_manager.coordinator.get_blocks(compaction.request_id)
         tables = {number: [block.block_id for block in table] for number, table in enumerate(blocks)}
@@ -132,21 +149,91 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         return NullRange(group, len(blocks) - 1, blocks[-1].block_id, begin, end)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        return 0, False
+        """Tokens whose pages a stored episode has, without any being loaded."""
+        found = self._requests.get(request.request_id)
+        if found is None or found[1].episode is None:
+            return 0, False
+        assert self._store is not None and self._kv_cache_manager is not None
+        wanted, tokens = found[1], request.all_token_ids
+        entry = self._store.find(wanted.episode, tokens, request.cache_salt, wanted.eviction)
+        # What follows is not compacted, so it must be no more than the block that comes on top of the budget.
+        longest = request.num_prompt_tokens + request.max_tokens
+        if entry is None or longest - entry.num_tokens > wanted.eviction.block_tokens:
+            return 0, False
+        managers = self._kv_cache_manager.coordinator.single_type_managers
+        for group, table in entry.tables.items():
+            manager = managers[group]
+            if isinstance(manager, PageManager):
+                manager.adopt(request.request_id, table, entry.end)
+            else:
+                manager.offer(request.request_id, table)
+        # vLLM reads no prefix cache for it, and has not; nor would it take these (`_settle` sets it again).
+        request.skip_reading_prefix_cache = False
+        return entry.num_tokens, False
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
-        return
+        if request.request_id in self._requests:
+            self._reused[request.request_id] = num_external_tokens
+
+    def _settle(self) -> None:
+        """Offers of the scheduling step are void now, taken or not."""
+        assert self._store is not None and self._kv_cache_manager is not None
+        self._store.settle()
+        for manager in self._kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager, AdoptsBlocks):
+                manager.withdraw_offers()
+        for request, _ in self._requests.values():
+            request.skip_reading_prefix_cache = True
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        if self._requests.pop(request.request_id, None) is not None:
-            for _, manager in self._page_managers():
-                manager.end_eviction(request.request_id)
-        return False, None
+        found = self._requests.pop(request.request_id, None)
+        reused = self._reused.pop(request.request_id, 0)
+        if found is None:
+            return False, None
+        wanted = found[1]
+        report = {"reused_tokens": reused, "pages": self._pages(request.request_id)}
+        if wanted.keep is not None and request.status in _COMPLETE:
+            report["kept_tokens"] = self._keep(request, wanted)
+        for _, manager in self._page_managers():
+            manager.end_eviction(request.request_id)
+        return False, {"kvcompress": report}
+
+    def _pages(self, request_id: str) -> int:
+        return sum(
+            not block.is_null for _, manager in self._page_managers() for block in manager.req_to_blocks[request_id]
+        )
+
+    def _keep(self, request: Request, wanted: Wanted) -> int:
+        """Store the prompt's whole pages under the request's name; how many tokens that is."""
+        assert self._store is not None and self._kv_cache_manager is not None and wanted.keep is not None
+        page = self._defaults.page_tokens
+        num_tokens = min(request.num_prompt_tokens, request.num_computed_tokens) // page * page
+        ends = {manager.evicted(request.request_id)[1] for _, manager in self._page_managers()}
+        if num_tokens == 0 or len(ends) != 1 or (end := ends.pop()) * page > num_tokens:
+            return 0
+        tables = {}
+        for group, manager in enumerate(self._kv_cache_manager.coordinator.single_type_managers):
+            table = manager.req_to_blocks[request.request_id][: num_tokens // manager.block_size]
+            if isinstance(manager, WindowManager):
+                # The recent window slides on with each question; sinks stay where they are.
+                sinks = manager.kv_cache_spec.sink_blocks
+                table = table[:sinks] + [manager.block_pool.null_block] * (len(table) - sinks)
+            tables[group] = table
+        prompt = request.all_token_ids[:num_tokens]
+        self._store.keep(
+            wanted.keep, Kept(digest(prompt, request.cache_salt), num_tokens, wanted.eviction, tables, end)
+        )
+        return num_tokens
+
+    def reset_cache(self) -> bool | None:
+        if self._store is not None:
+            self._store.clear()
+        return True
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self.request_finished(request, [])
+        return self.request_finished(request, list(block_ids[0]))
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -7,6 +7,8 @@
 | `kvcompress_policy` | `epicache`, `snapkv`, `keydiff` or `streaming`; default: the server's |
 | `kvcompress_guide` | token ids of the guide prompt (policy `epicache`) |
 | `kvcompress_protect` | first tokens that are never evicted, as a system prompt; the sinks never are |
+| `kvcompress_keep` | keep the compacted pages of this prompt under a name when the request has finished |
+| `kvcompress_episode` | begin with the pages kept under a name, if they are of this prompt's beginning |
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ from vllm_kvcompress.episodic.policies import POLICIES
 from vllm_kvcompress.errors import KVCompressError
 
 PREFIX = "kvcompress_"
-BUDGET, POLICY, GUIDE, PROTECT = (PREFIX + name for name in ("budget", "policy", "guide", "protect"))
-_ARGUMENTS = (BUDGET, POLICY, GUIDE, PROTECT)
+BUDGET, POLICY, GUIDE, PROTECT, KEEP, EPISODE = (
+    PREFIX + name for name in ("budget", "policy", "guide", "protect", "keep", "episode")
+)
+_ARGUMENTS = (BUDGET, POLICY, GUIDE, PROTECT, KEEP, EPISODE)
+_MAX_NAME = 256
 # H2O sums the attention of every query, which kernels that never write their weights down cannot give.
 OFFERED = tuple(name for name, policy in POLICIES.items() if policy.queries != "block")
 
@@ -46,6 +51,15 @@ class Eviction:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """A request's arguments, checked."""
+
+    eviction: Eviction
+    keep: str | None
+    episode: str | None
+
+
+@dataclass(frozen=True)
 class Defaults:
     """Of the engine, where a request leaves them out."""
 
@@ -57,7 +71,7 @@ class Defaults:
     vocabulary: int
 
 
-def parse(arguments: Mapping[str, Any] | None, defaults: Defaults) -> Eviction | None:
+def parse(arguments: Mapping[str, Any] | None, defaults: Defaults) -> Wanted | None:
     """What a request's extra arguments ask for; None: to keep everything.
 
     Raises:
@@ -86,13 +100,21 @@ def parse(arguments: Mapping[str, Any] | None, defaults: Defaults) -> Eviction |
     # A page beside what is protected, or nothing could be chosen.
     least = -(-protected // page) * page + page
     budget = _count(given, BUDGET, least)
-    return Eviction(-(-budget // page), policy, guide, protected, defaults.recent_tokens, defaults.block_tokens)
+    eviction = Eviction(-(-budget // page), policy, guide, protected, defaults.recent_tokens, defaults.block_tokens)
+    return Wanted(eviction, _name(given, KEEP), _name(given, EPISODE))
 
 
 def is_private(request: Any) -> bool:
     """Whether a request's pages and windows must stay its own: it evicts, so its tokens have seen less than others'."""
     params = request.sampling_params
     return params is not None and bool(params.extra_args) and BUDGET in params.extra_args
+
+
+def _name(given: Mapping[str, Any], argument: str) -> str | None:
+    value = given.get(argument)
+    if value is not None and not (isinstance(value, str) and 0 < len(value) <= _MAX_NAME):
+        raise KVCompressError(f"{argument}={value!r} must be a name of 1 to {_MAX_NAME} characters")
+    return value
 
 
 def _token_ids(given: Mapping[str, Any], argument: str, defaults: Defaults) -> tuple[int, ...]:
