@@ -40,13 +40,15 @@ class PageSpec(FullAttentionSpec):
 
 @dataclass(frozen=True)
 class Compaction:
-    """Before a step's forward pass, gather survivors of the kept pages and of `freed` in the former."""
+    """Before a step's forward pass, gather survivors of `kept` and `freed` in the request's first pages."""
 
     request_id: str
     begin: int
     """Pages [budget_pages, begin) of the table were null before; [begin, end) become so"""
     freed: tuple[int, ...]
     """ids of the pages [begin, end): still as they were when the worker compacts"""
+    kept: tuple[int, ...]
+    """ids of the kept pages before; others than those in the table now where they were shared"""
     eviction: Eviction
 
     @property
@@ -63,7 +65,9 @@ class _State:
     """Pages [budget_pages, end) of the table are null; 0: nothing was compacted yet"""
     prompt_done: bool = False
     shared: bool = False
-    """The kept pages belong to a stored episode, too: they are not compacted again"""
+    """The kept pages are a stored episode's: written no more, but replaced where another compaction is worth it"""
+    replaced: tuple[int, ...] = ()
+    """ids of the pages that took the place of shared ones"""
 
 
 class PageManager(AdoptsBlocks, FullAttentionManager):
@@ -94,6 +98,10 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
         state = self._states[request_id]
         return (state.eviction.budget_pages, state.end) if state.end else (0, 0)
 
+    def replaced(self, request_id: str) -> tuple[int, ...]:
+        """ids of the first pages where they are not those that the worker was told of."""
+        return self._states[request_id].replaced
+
     def adopt(self, request_id: str, blocks: list[KVCacheBlock], end: int) -> None:
         """Offer the request the kept pages of a stored episode, of which [budget_pages, end) are null."""
         self.offer(request_id, blocks)
@@ -114,7 +122,7 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
         reaches into its last block, so all pages before it are full when the step begins.
         """
         state = self._states.get(request_id)
-        if state is None or state.shared:
+        if state is None:
             return
         blocks = self.req_to_blocks.get(request_id)
         if not blocks:
@@ -129,12 +137,21 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
         if held <= budget or end <= begin:
             return
         # While the prompt is read, and once after it; then blockwise, for tokens that are generated one by one.
+        # A question about a stored episode is spared the copy of its pages until then, too.
         reading = num_prompt_tokens is not None and processed_computed_tokens < num_prompt_tokens
-        if not reading and state.prompt_done and held < budget + eviction.block_tokens // self.block_size:
+        lazy = state.prompt_done and not reading if not state.shared else not eviction.keeps
+        if lazy and held < budget + eviction.block_tokens // self.block_size:
             return
+        kept, freed = blocks[:budget], blocks[begin:end]
+        if state.shared:
+            if self.block_pool.get_num_free_blocks() < budget:
+                return  # again at the next step; should nothing come free, vLLM preempts as it does for any request
+            blocks[:budget] = self.block_pool.get_new_blocks(budget)
+            state.replaced, state.shared = tuple(block.block_id for block in blocks[:budget]), False
+            self.block_pool.free_blocks(reversed(kept))
         state.prompt_done = not reading
-        freed = blocks[begin:end]
-        self._due.append(Compaction(request_id, begin, tuple(block.block_id for block in freed), eviction))
+        ids = [tuple(block.block_id for block in some) for some in (freed, kept)]
+        self._due.append(Compaction(request_id, begin, ids[0], ids[1], eviction))
         blocks[begin:end] = [self._null_block] * (end - begin)
         state.end = end
         self.block_pool.free_blocks(reversed(freed))

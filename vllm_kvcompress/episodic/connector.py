@@ -45,6 +45,8 @@ class Order:
     """Computed before the step"""
     begin: int
     end: int
+    targets: list[int]
+    """ids of the pages that get the survivors: the first of the table, but where those are shared"""
     eviction: Eviction
     queries: list[int]
     """token ids whose queries score; empty if none"""
@@ -54,13 +56,17 @@ class Order:
 
 @dataclass(frozen=True)
 class NullRange:
-    """Pages [begin, end) of a request's row are gone; the row is the one with page `tail` in place `tail_index`."""
+    """Pages [begin, end) of a request's row are gone; the row is the one with page `tail` in place `tail_index`.
+
+    Its first pages are `head`, where that is not empty.
+    """
 
     group: int
     tail_index: int
     tail: int
     begin: int
     end: int
+    head: tuple[int, ...]
 
 
 @dataclass
@@ -129,6 +135,8 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._kv_cache_manager is not None
         blocks = self._kv_cache_manager.coordinator.get_blocks(compaction.request_id)
         tables = {number: [block.block_id for block in table] for number, table in enumerate(blocks)}
+        targets = tables[group][: eviction.budget_pages]
+        tables[group][: eviction.budget_pages] = compaction.kept
         tables[group][compaction.begin : compaction.end] = compaction.freed
         num_tokens = request.num_computed_tokens  # vLLM adds the step's own later
         policy = POLICIES[eviction.policy]
@@ -139,14 +147,14 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         elif policy.queries == "window":
             position = max(0, num_tokens - policy.window)
             queries = list(request.all_token_ids[position:num_tokens])
-        return Order(group, tables, num_tokens, compaction.begin, compaction.end, eviction, queries, position)
+        return Order(group, tables, num_tokens, compaction.begin, compaction.end, targets, eviction, queries, position)
 
     def _null_range(self, group: int, manager: PageManager, request_id: str) -> NullRange | None:
         begin, end = manager.evicted(request_id)
         if begin == end:
             return None
         blocks = manager.req_to_blocks[request_id]
-        return NullRange(group, len(blocks) - 1, blocks[-1].block_id, begin, end)
+        return NullRange(group, len(blocks) - 1, blocks[-1].block_id, begin, end, manager.replaced(request_id))
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens whose pages a stored episode has, without any being loaded."""
@@ -156,9 +164,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._store is not None and self._kv_cache_manager is not None
         wanted, tokens = found[1], request.all_token_ids
         entry = self._store.find(wanted.episode, tokens, request.cache_salt, wanted.eviction)
-        # What follows is not compacted, so it must be no more than the block that comes on top of the budget.
-        longest = request.num_prompt_tokens + request.max_tokens
-        if entry is None or longest - entry.num_tokens > wanted.eviction.block_tokens:
+        if entry is None:
             return 0, False
         managers = self._kv_cache_manager.coordinator.single_type_managers
         for group, table in entry.tables.items():

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_kvcompress.episodic.policies import POLICIES
@@ -44,6 +44,8 @@ class Eviction:
     """Last tokens that are not compacted yet"""
     block_tokens: int
     """Most tokens of a step, and those generated between two compactions"""
+    keeps: bool = field(default=False, compare=False)
+    """Whether the pages outlive the request"""
 
     def peak_pages(self, page_tokens: int) -> int:
         """Most pages held at once: the budget, one block, the recent window and two pages that are not full."""
@@ -100,8 +102,11 @@ def parse(arguments: Mapping[str, Any] | None, defaults: Defaults) -> Wanted | N
     # A page beside what is protected, or nothing could be chosen.
     least = -(-protected // page) * page + page
     budget = _count(given, BUDGET, least)
-    eviction = Eviction(-(-budget // page), policy, guide, protected, defaults.recent_tokens, defaults.block_tokens)
-    return Wanted(eviction, _name(given, KEEP), _name(given, EPISODE))
+    keep, episode = _name(given, KEEP), _name(given, EPISODE)
+    eviction = Eviction(
+        -(-budget // page), policy, guide, protected, defaults.recent_tokens, defaults.block_tokens, keep is not None
+    )
+    return Wanted(eviction, keep, episode)
 
 
 def is_private(request: Any) -> bool:

@@ -38,6 +38,7 @@ class EvictionWorker:
         num_slots = order.num_tokens - len(null) * spec.block_size
         device = self._config.device_config.device
         table_tensor = torch.tensor(live, dtype=torch.int64, device=device)
+        targets = torch.tensor(order.targets, dtype=torch.int64, device=device)
         for name in layers:
             layer = self._context[name]
             layer.impl.compact(
@@ -45,7 +46,7 @@ class EvictionWorker:
                 table_tensor,
                 num_slots,
                 num_sources=order.end - len(null),
-                budget_pages=order.eviction.budget_pages,
+                targets=targets,
                 policy=POLICIES[order.eviction.policy],
                 protected_tokens=order.eviction.protected_tokens,
                 queries=queries.get(name),
@@ -60,6 +61,8 @@ class EvictionWorker:
             if len(rows) != 1:
                 raise RuntimeError(f"page {item.tail} is the tail of {len(rows)} requests in this step")
             table[rows[0], item.begin : item.end] = 0
+            if item.head:
+                table[rows[0], : len(item.head)] = torch.tensor(item.head, dtype=table.dtype, device=table.device)
 
     def _run(self, order: Order, layers: list[str]) -> dict[str, torch.Tensor]:
         """Queries [Q, Hq, D] of every layer of a forward pass over the cache that leaves nothing behind in it."""

@@ -21,44 +21,46 @@ def compact(
     table: torch.Tensor,
     num_slots: int,
     num_sources: int,
-    budget_pages: int,
+    targets: torch.Tensor,
     policy: Policy,
     protected_tokens: int,
     queries: torch.Tensor | None,
     key_offset: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """Keep the best slots of a request's first `num_sources` pages in the first `budget_pages` of them.
+    """Write the best slots of a request's first `num_sources` pages to `targets`.
 
     Args:
         pages: [num_pages, H, head_bytes] uint8, written in place.
         table: [n] int64, the request's pages that are not null, in order.
         num_slots: tokens in them; all but those of the last page are full.
         num_sources: pages to choose from, all full; the rest is scored (softmax sees it) and stays.
+        targets: [n'] int64, the budget's pages; may be the first of `table`.
         protected_tokens: first slots that are kept whatever their score.
         queries: [Q, Hq, D] float in cache space, what the policy scores with; None if it needs none.
         key_offset: [H, D] float, what static centring took from the keys, in cache space; None: nothing.
         scale: softmax scale.
 
     Returns:
-        [H, budget_pages * page_tokens] int64: the slots that were kept, ascending.
+        [H, n' * page_tokens] int64: the slots that were kept, ascending.
 
     Raises:
         ValueError: scores that are not finite, a budget that does not hold what is protected.
     """
     keys, values = (x.permute(0, 2, 1, 3).flatten(0, 1)[:num_slots] for x in read_pages(pages[table], layout))
     scored = keys if key_offset is None else keys + key_offset
-    sources, budget = num_sources * layout.page_tokens, budget_pages * layout.page_tokens
+    sources, budget = num_sources * layout.page_tokens, len(targets) * layout.page_tokens
     scores = policy.score(Layer(scored, queries, scale))[:, :sources]
     recent = max(0, policy.recent(budget) - (num_slots - sources))
     kept = select(scores, budget, always_kept(sources, budget, leading=protected_tokens, recent=recent))
     index = kept.T.unsqueeze(-1).expand(-1, -1, layout.head_dim)
     keys, values = keys.gather(0, index), values.gather(0, index)
-    target = table[:budget_pages]
     mean = page_fields(pages, layout).k_mean
     if mean is not None:
         limit = torch.finfo(torch.float16).max
-        mean[target] = keys.unflatten(0, (budget_pages, -1)).mean(1).clamp(-limit, limit).half()
-    slots = (target.unsqueeze(1) * layout.page_tokens + torch.arange(layout.page_tokens, device=table.device)).flatten()
+        mean[targets] = keys.unflatten(0, (len(targets), -1)).mean(1).clamp(-limit, limit).half()
+    slots = (
+        targets.unsqueeze(1) * layout.page_tokens + torch.arange(layout.page_tokens, device=table.device)
+    ).flatten()
     write_tokens(pages, layout, slots, keys, values, _WHOLE_RANGE, _WHOLE_RANGE)
     return kept
