@@ -162,6 +162,7 @@ def _turn_on_eviction(vllm_config: VllmConfig) -> None:
         vllm_config.kv_transfer_config = KVTransferConfig(
             kv_connector="EvictionConnector", kv_connector_module_path=_CONNECTOR_MODULE, kv_role="kv_both"
         )
+    compat.add_http_middleware("vllm_kvcompress.serving.middleware.EpisodicMiddleware")
     longest = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
     scheduler.long_prefill_token_threshold = min(longest, episodic.block_tokens)
 

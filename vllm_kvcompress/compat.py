@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -226,10 +227,11 @@ def loaded_model(vllm_config: Any) -> Any:
 def wrap_request_check(check: Callable[[Any, Any], None]) -> None:
     """Run `check(vllm_config, sampling_params)` on every generation request, before it reaches the engine core.
 
-    What it raises as a ValueError is the client's error (HTTP 400); in the engine core it would end the engine.
+    What it refuses is the client's error (HTTP 400); in the engine core it would end the engine.
 
     0.32, 0.33: vllm/v1/engine/input_processor.py, `InputProcessor._validate_params`.
     """
+    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -241,11 +243,35 @@ def wrap_request_check(check: Callable[[Any, Any], None]) -> None:
     @functools.wraps(original)
     def _validate_params(self, params, *args, **kwargs):
         if isinstance(params, SamplingParams):
-            check(self.vllm_config, params)
+            try:
+                check(self.vllm_config, params)
+            except KVCompressError as error:
+                raise VLLMValidationError(str(error)) from None
         return original(self, params, *args, **kwargs)
 
     _validate_params._kvcompress = True  # type: ignore[attr-defined]
     processor._validate_params = _validate_params
+
+
+def add_http_middleware(path: str) -> None:
+    """Have the API server of this process, if it is one, add an ASGI middleware by its qualified name.
+
+    0.32, 0.33: vllm/entrypoints/launchers/app.py, `init_entrypoints_middleware(args, ...)`, which reads --middleware.
+    `vllm.endpoint_plugins` would need VLLM_PLUGINS in the environment too, and adds routes, not middlewares.
+    """
+    module: Any = sys.modules.get("vllm.entrypoints.launchers.app")
+    if module is None or getattr(module.init_entrypoints_middleware, "_kvcompress", False):
+        return
+    original = module.init_entrypoints_middleware
+
+    @functools.wraps(original)
+    def init_entrypoints_middleware(args, *more, **kwargs):
+        if path not in args.middleware:
+            args.middleware = [*args.middleware, path]
+        return original(args, *more, **kwargs)
+
+    init_entrypoints_middleware._kvcompress = True  # type: ignore[attr-defined]
+    module.init_entrypoints_middleware = init_entrypoints_middleware
 
 
 DEFAULT_BLOCK_SIZES = {"gpu": 16, "cpu": 128}

@@ -22,7 +22,7 @@ from vllm_kvcompress.attention.adoption import AdoptsBlocks
 from vllm_kvcompress.attention.pages import PageManager
 from vllm_kvcompress.attention.windows import WindowManager
 from vllm_kvcompress.checks import eviction_defaults
-from vllm_kvcompress.episodic.policies import POLICIES
+from vllm_kvcompress.episodic.policies import POLICIES, SnapKV
 from vllm_kvcompress.episodic.request import Eviction, Wanted, parse
 from vllm_kvcompress.episodic.store import EpisodeStore, Kept, digest
 
@@ -144,7 +144,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         position = num_tokens
         if policy.queries == "guide":
             queries = list(eviction.guide)
-        elif policy.queries == "window":
+        elif isinstance(policy, SnapKV):
             position = max(0, num_tokens - policy.window)
             queries = list(request.all_token_ids[position:num_tokens])
         return Order(group, tables, num_tokens, compaction.begin, compaction.end, targets, eviction, queries, position)
@@ -158,12 +158,11 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens whose pages a stored episode has, without any being loaded."""
-        found = self._requests.get(request.request_id)
-        if found is None or found[1].episode is None:
+        _, wanted = self._requests.get(request.request_id, (None, None))
+        if wanted is None or wanted.episode is None:
             return 0, False
         assert self._store is not None and self._kv_cache_manager is not None
-        wanted, tokens = found[1], request.all_token_ids
-        entry = self._store.find(wanted.episode, tokens, request.cache_salt, wanted.eviction)
+        entry = self._store.find(wanted.episode, request.all_token_ids, request.cache_salt, wanted.eviction)
         if entry is None:
             return 0, False
         managers = self._kv_cache_manager.coordinator.single_type_managers
@@ -172,6 +171,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
             if isinstance(manager, PageManager):
                 manager.adopt(request.request_id, table, entry.end)
             else:
+                assert isinstance(manager, AdoptsBlocks)
                 manager.offer(request.request_id, table)
         # vLLM reads no prefix cache for it, and has not; nor would it take these (`_settle` sets it again).
         request.skip_reading_prefix_cache = False
