@@ -93,6 +93,10 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
         due, self._due = self._due, []
         return due
 
+    def is_due(self, request_id: str) -> bool:
+        """Whether the table is already that of a compaction which no step carries out yet."""
+        return any(compaction.request_id == request_id for compaction in self._due)
+
     def evicted(self, request_id: str) -> tuple[int, int]:
         """[begin, end) of the null pages in the request's table."""
         state = self._states[request_id]

@@ -214,8 +214,12 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._store is not None and self._kv_cache_manager is not None and wanted.keep is not None
         page = self._defaults.page_tokens
         num_tokens = min(request.num_prompt_tokens, request.num_computed_tokens) // page * page
-        ends = {manager.evicted(request.request_id)[1] for _, manager in self._page_managers()}
+        managers = [manager for _, manager in self._page_managers()]
+        ends = {manager.evicted(request.request_id)[1] for manager in managers}
         if num_tokens == 0 or len(ends) != 1 or (end := ends.pop()) * page > num_tokens:
+            return 0
+        # vLLM frees once more before it says that a request has finished. Nobody will compact what that made due.
+        if any(manager.is_due(request.request_id) for manager in managers):
             return 0
         tables = {}
         for group, manager in enumerate(self._kv_cache_manager.coordinator.single_type_managers):
