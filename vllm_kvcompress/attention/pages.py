@@ -87,6 +87,7 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
     def end_eviction(self, request_id: str) -> None:
         """The request has finished."""
         self._states.pop(request_id, None)
+        self._forget_due(request_id)
 
     def take_compactions(self) -> list[Compaction]:
         """What has come due since the last call."""
@@ -197,13 +198,15 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         state = self._states.get(request_id)
-        blocks = super().pop_blocks_for_free(request_id)
-        if state is None:
-            return blocks
-        # Finished, or preempted and about to begin anew. What was due is not done: others may own the pages by then.
-        self._states[request_id] = _State(state.eviction)
+        if state is not None:
+            # Preempted and about to begin anew.
+            self._states[request_id] = _State(state.eviction)
+            self._forget_due(request_id)
+        return [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
+
+    def _forget_due(self, request_id: str) -> None:
+        """What is due is not done: others may own the pages by then. vLLM frees once more before a request finishes."""
         self._due = [compaction for compaction in self._due if compaction.request_id != request_id]
-        return [block for block in blocks if not block.is_null]
 
 
 compat.register_cache_spec(PageSpec, PageManager)

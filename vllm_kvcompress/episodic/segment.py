@@ -70,12 +70,21 @@ def chat_utterances(messages: Sequence[Mapping[str, Any]]) -> list[Utterance]:
             rest = json.dumps(message, sort_keys=True)
         except (TypeError, ValueError) as error:
             raise KVCompressError(f"message {number} is not JSON: {error}") from None
-        text = _content_text(message.get("content"), number)
+        text = content_text(message.get("content"), number)
         utterances.append(Utterance(message["role"], "" if message["role"] in _INSTRUCTION_ROLES else text, rest=rest))
     return utterances
 
 
-def _content_text(content: Any, number: int) -> str:
+def content_text(content: Any, number: int) -> str:
+    """The text of a chat message's content; parts are joined by line ends.
+
+    Args:
+        content: a string, None or a list of strings and text parts.
+        number: of the message, for the error.
+
+    Raises:
+        KVCompressError: content of another form, or a part that is not text.
+    """
     if content is None:
         return ""
     if isinstance(content, str):
