@@ -268,6 +268,59 @@ def test_flag_pairs(model, arguments, word):
     refused(model, word, dtype="hadamard-int2", **arguments)
 
 
+EPISODIC = {"episodic": {"budget": 512, "block_tokens": 256}}
+
+
+def test_eviction_brings_its_connector_and_steps_of_a_block(model):
+    config = configure(model, "int2", EPISODIC)
+    assert config.kv_transfer_config.kv_connector == "EvictionConnector"
+    assert config.scheduler_config.long_prefill_token_threshold == 256
+    assert not config.scheduler_config.disable_hybrid_kv_cache_manager
+    assert configure(model, "int2").kv_transfer_config is None
+
+
+@pytest.mark.parametrize(
+    "arguments,word",
+    [
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "there can be one"),
+        ({"speculative_config": {**NGRAM, "num_speculative_tokens": 3}}, "speculative decoding"),
+        ({"pipeline_parallel_size": 2}, "pipeline"),
+        ({"enable_lora": True}, "LoRA"),
+    ],
+)
+def test_what_eviction_does_not_go_with(model, arguments, word):
+    refused(model, word, "episodic", dtype="int2", settings=EPISODIC, **arguments)
+
+
+def test_eviction_is_not_on_a_gpu_yet(model, monkeypatch):
+    config = configure(model, "int2")
+    config.additional_config = {"kvcompress": EPISODIC}
+    monkeypatch.setattr(config.device_config, "device_type", "cuda")
+    with pytest.raises(checks.UnsupportedModelError, match="CPU only"):
+        checks.check_config(config)
+
+
+@pytest.mark.parametrize(
+    "episodic,word",
+    [({}, "budget"), ({"budget": 100}, "512"), ({"budget": 512, "policy": "h2o"}, "epicache"), ("{", "episodic")],
+)
+def test_settings_of_eviction(model, episodic, word):
+    refused(model, word, dtype="int2", settings={"episodic": episodic})
+
+
+def test_arguments_of_a_request(model):
+    from vllm import SamplingParams
+
+    plain, evicting = configure(model, "int2"), configure(model, "int2", EPISODIC)
+    wanted = SamplingParams(extra_args={"kvcompress_budget": 512, "kvcompress_policy": "keydiff"})
+    checks.check_request(evicting, wanted)
+    checks.check_request(plain, SamplingParams(extra_args={"other": 1}))
+    with pytest.raises(checks.KVCompressError, match="start it with"):
+        checks.check_request(plain, wanted)
+    with pytest.raises(checks.KVCompressError, match="kvcompress_budgte='x'"):
+        checks.check_request(evicting, SamplingParams(extra_args={"kvcompress_budgte": "x"}))
+
+
 def test_micro_batching(model):
     config = configure(model, dtype="hadamard-int2")
     config.parallel_config.enable_dbo = True

@@ -178,6 +178,7 @@ def eviction_defaults(vllm_config: VllmConfig) -> request.Defaults:
         sink_tokens=resolved.sink_tokens,
         recent_tokens=resolved.recent_tokens,
         vocabulary=vllm_config.model_config.get_vocab_size(),
+        max_model_len=vllm_config.model_config.max_model_len,
     )
 
 

@@ -10,7 +10,7 @@ from vllm_kvcompress.episodic.settings import EpisodicSettings
 def test_defaults():
     settings = EpisodicSettings(budget=4096)
     assert (settings.block_tokens, settings.episodes, settings.window_utterances, settings.medoids) == (2048, 4, 4, 4)
-    assert (settings.alpha, settings.embedder, settings.policy) == (1.1, "tokens", "epicache")
+    assert (settings.embedder, settings.policy) == ("tokens", "epicache")
     assert settings.threshold == 4096 + 2048
     assert EpisodicSettings(budget=4096, threshold_tokens=5000).threshold == 5000
 
@@ -22,8 +22,7 @@ def test_defaults():
         ({"budget": 511}, "greater than or equal to 512"),
         ({"budget": 4096, "block_tokens": 1000}, "multiple of 128"),
         ({"budget": 4096, "episodes": 0}, "greater than or equal to 1"),
-        ({"budget": 4096, "alpha": -1}, "greater than or equal to 0"),
-        ({"budget": 4096, "policy": "lru"}, "'epicache', 'streaming', 'snapkv', 'keydiff' or 'h2o'"),
+        ({"budget": 4096, "policy": "lru"}, "'epicache', 'streaming', 'snapkv' or 'keydiff'"),
         ({"budget": 4096, "growth": 1}, "greater than or equal to 1.1"),
         ({"budget": 4096, "threshold_tokens": 1024}, "threshold_tokens=1024 is below budget=4096.*Raise"),
         ({"budget": 4096, "bugdet": 1}, "Extra inputs are not permitted"),
@@ -36,8 +35,8 @@ def test_bad_values_are_refused(given, problem):
 
 def test_identities_cover_every_setting_that_matters():
     """A new setting must be sorted into one of them, or be known to change neither episodes nor pages."""
-    harmless = {"threshold_tokens", "routing", "host_memory_bytes"}
-    others = {"embedder": "x", "policy": "h2o", "routing": "centroid", "alpha": 0.5, "growth": 3, "block_tokens": 1024}
+    harmless = {"threshold_tokens", "routing"}
+    others = {"embedder": "x", "policy": "snapkv", "routing": "centroid", "growth": 3, "block_tokens": 1024}
     base = EpisodicSettings(budget=4096)
     for name in EpisodicSettings.model_fields:
         value = others[name] if name in others else (getattr(base, name) or 4096) + 1

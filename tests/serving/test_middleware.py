@@ -66,9 +66,9 @@ class Engine:
         if question == "?!":
             raise KVCompressError("no text")
         keys = [f"{salt}-{number}-{len(history) // 100}" for number in range(2)]
-        return [SimpleNamespace(key=key) for key in keys], int("beach" in question)
+        return SimpleNamespace(episodes=[SimpleNamespace(key=key) for key in keys]), int("beach" in question)
 
-    def arguments(self, episode, protected, given):
+    def arguments(self, episodes, index, protected, given):
         budget = given.get(arguments.BUDGET, BUDGET)
         return {arguments.BUDGET: budget, arguments.POLICY: "snapkv", arguments.PROTECT: protected}
 

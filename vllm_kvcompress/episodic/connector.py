@@ -144,6 +144,8 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         position = num_tokens
         if policy.queries == "guide":
             queries = list(eviction.guide)
+            # Right behind the history, or as near to that as the model has positions.
+            position = min(num_tokens, self._vllm_config.model_config.max_model_len - len(queries))
         elif isinstance(policy, SnapKV):
             position = max(0, num_tokens - policy.window)
             queries = list(request.all_token_ids[position:num_tokens])

@@ -71,6 +71,7 @@ class Defaults:
     sink_tokens: int
     recent_tokens: int
     vocabulary: int
+    max_model_len: int
 
 
 def parse(arguments: Mapping[str, Any] | None, defaults: Defaults) -> Wanted | None:
@@ -128,8 +129,11 @@ def _token_ids(given: Mapping[str, Any], argument: str, defaults: Defaults) -> t
         isinstance(token, int) and not isinstance(token, bool) and 0 <= token < defaults.vocabulary for token in value
     ):
         raise KVCompressError(f"{argument} must be a list of token ids below {defaults.vocabulary}")
-    if len(value) > defaults.block_tokens:
-        raise KVCompressError(f"{argument} has {len(value)} tokens, more than a step's {defaults.block_tokens}")
+    most = min(defaults.block_tokens, defaults.max_model_len // 2)
+    if len(value) > most:
+        raise KVCompressError(
+            f"{argument} has {len(value)} tokens, at most {most} fit a step and the model's positions"
+        )
     return tuple(value)
 
 

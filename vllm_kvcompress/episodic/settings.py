@@ -13,9 +13,9 @@ TOKENS = "tokens"
 """Name of the default embedder: the served model's own token embeddings."""
 PAGE_TOKENS = 128
 MIN_BUDGET = 4 * PAGE_TOKENS
-"""A layer keeps at least a quarter of the budget, and a page is the least it can keep."""
+"""Of the settings, which are for whole conversations; a request may ask for less."""
 
-Policy = Literal["epicache", "streaming", "snapkv", "keydiff", "h2o"]
+Policy = Literal["epicache", "streaming", "snapkv", "keydiff"]
 Routing = Literal["window", "centroid"]
 
 
@@ -24,7 +24,7 @@ class EpisodicSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    budget: int = Field(ge=MIN_BUDGET, description="tokens a layer keeps of a history, on average over the layers")
+    budget: int = Field(ge=MIN_BUDGET, description="tokens a layer keeps of a history, per KV head")
     block_tokens: int = Field(
         2048, ge=PAGE_TOKENS, multiple_of=PAGE_TOKENS, description="tokens prefilled between two evictions"
     )
@@ -34,9 +34,6 @@ class EpisodicSettings(BaseModel):
     episodes: int = Field(4, ge=1, le=64, description="episodes of a conversation")
     window_utterances: int = Field(WINDOW_UTTERANCES, ge=1, le=64, description="utterances in a window")
     medoids: int = Field(4, ge=1, le=64, description="windows that an episode's guide prompt quotes")
-    alpha: float = Field(
-        1.1, ge=0, le=8, description="how sharply budgets follow the layers' sensitivity; 0 gives all the same"
-    )
     embedder: str = Field(
         TOKENS, min_length=1, description="tokens: the model's own embeddings; else a sentence-transformers model"
     )
@@ -47,7 +44,6 @@ class EpisodicSettings(BaseModel):
         1.5, ge=1.1, le=16, description="episodes are made anew when the conversation has grown by this factor"
     )
     policy: Policy = Field("epicache", description="which tokens are kept")
-    host_memory_bytes: int = Field(0, ge=0, description="host memory for episodes that the engine had to evict")
 
     @model_validator(mode="after")
     def _threshold_above_budget(self) -> EpisodicSettings:
@@ -69,4 +65,4 @@ class EpisodicSettings(BaseModel):
 
     def page_identity(self) -> str:
         """The settings that decide what is kept of an episode."""
-        return self.model_dump_json(include={"budget", "block_tokens", "alpha", "policy"})
+        return self.model_dump_json(include={"budget", "block_tokens", "policy"})

@@ -28,9 +28,10 @@ from vllm_kvcompress.checks import eviction_defaults
 from vllm_kvcompress.config import load_settings
 from vllm_kvcompress.episodic import request as arguments
 from vllm_kvcompress.episodic.embed import make_embedder
+from vllm_kvcompress.episodic.guide import guide_tokens
 from vllm_kvcompress.episodic.identity import digest
 from vllm_kvcompress.episodic.policies import POLICIES
-from vllm_kvcompress.episodic.router import Episode, EpisodeRouter
+from vllm_kvcompress.episodic.router import EpisodeMap, EpisodeRouter
 from vllm_kvcompress.episodic.segment import chat_utterances
 from vllm_kvcompress.episodic.settings import EpisodicSettings
 from vllm_kvcompress.errors import KVCompressError
@@ -134,9 +135,9 @@ class EpisodicMiddleware:
         try:
             utterances, asked = chat_utterances(history), chat_utterances([question])[0].text
             episodes, index = await asyncio.to_thread(engine.route, utterances, asked, request.get("cache_salt"))
+            episode = episodes.episodes[index]
         except KVCompressError as error:
             raise _PassedOn(str(error)) from None
-        episode = episodes[index]
         past = _common(tokens, await self._render(scope, receive, request, history, False))
         system = []
         for message in history:
@@ -144,12 +145,12 @@ class EpisodicMiddleware:
                 break
             system.append(message)
         protected = _common(tokens, await self._render(scope, receive, request, system, False)) if system else 0
-        xargs = await asyncio.to_thread(engine.arguments, episode, protected, given or {})
+        xargs = await asyncio.to_thread(engine.arguments, episodes, index, protected, given or {})
         # The key stands for the server's settings; a client's own are another episode.
         name = digest(episode.key, str(xargs[arguments.BUDGET]), str(xargs[arguments.POLICY]))
         built = await self._build(scope, receive, request, tokens[:past], name, xargs, engine.block_tokens)
         changed = {**request, "vllm_xargs": {**(given or {}), **xargs, arguments.EPISODE: name}}
-        header = f"{index + 1}/{len(episodes)}; {'built' if built else 'reused'}"
+        header = f"{index + 1}/{len(episodes.episodes)}; {'built' if built else 'reused'}"
         return _Plan(json.dumps(changed).encode(), name, header.encode())
 
     async def _render(
@@ -229,12 +230,12 @@ class _Engine:
         self._encode = encode
         self._router = EpisodeRouter(settings, make_embedder(settings.embedder, folder, encode, model.model))
 
-    def route(self, history: list[Any], question: str, salt: str | None) -> tuple[Sequence[Episode], int]:
+    def route(self, history: list[Any], question: str, salt: str | None) -> tuple[EpisodeMap, int]:
         """The history's episodes and the index of the question's."""
         found = self._router.episodes(history, salt=salt)
-        return found.episodes, found.route(question).episode
+        return found, found.route(question).episode
 
-    def arguments(self, episode: Episode, protected: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(self, episodes: EpisodeMap, index: int, protected: int, given: Mapping[str, Any]) -> dict[str, Any]:
         """The `vllm_xargs` that decide what is kept of an episode; the client's own budget and policy win."""
         policy = given.get(arguments.POLICY, self.settings.policy)
         found = {
@@ -243,8 +244,8 @@ class _Engine:
             arguments.PROTECT: protected,
         }
         if policy in POLICIES and POLICIES[policy].queries == "guide":
-            # The instruction comes first; what does not fit a step is the end of the last window quoted.
-            found[arguments.GUIDE] = self._encode([episode.guide])[0][: self.block_tokens]
+            limit = min(self.block_tokens, self._defaults.max_model_len // 2)
+            found[arguments.GUIDE], _ = guide_tokens(episodes, index, lambda text: self._encode([text])[0], limit)
         return found
 
 
