@@ -58,6 +58,8 @@ class _State:
     end: int = 0
     """Pages [budget_pages, end) of the table are null; 0: nothing was compacted yet"""
     prompt_done: bool = False
+    read_before: int = 0
+    """Tokens that a preempted request had read and generated: it reads them in blocks again, prompt or not"""
 
 
 class PageManager(FullAttentionManager):
@@ -73,8 +75,12 @@ class PageManager(FullAttentionManager):
         self._states[request_id] = _State(eviction)
 
     def end_eviction(self, request_id: str) -> None:
-        """The request has finished."""
+        """The request has finished. vLLM asks for skipped blocks once more before it says so: nobody compacts those."""
         self._states.pop(request_id, None)
+        self._forget_due(request_id)
+
+    def _forget_due(self, request_id: str) -> None:
+        self._due = [compaction for compaction in self._due if compaction.request_id != request_id]
 
     def take_compactions(self) -> list[Compaction]:
         """What has come due since the last call."""
@@ -110,7 +116,7 @@ class PageManager(FullAttentionManager):
         if held <= budget or end <= begin:
             return
         # While the prompt is read, and once after it; then blockwise, for tokens that are generated one by one.
-        reading = num_prompt_tokens is not None and processed_computed_tokens < num_prompt_tokens
+        reading = processed_computed_tokens < max(num_prompt_tokens or 0, state.read_before)
         if not reading and state.prompt_done and held < budget + eviction.block_tokens // self.block_size:
             return
         state.prompt_done = not reading
@@ -157,9 +163,11 @@ class PageManager(FullAttentionManager):
         blocks = super().pop_blocks_for_free(request_id)
         if state is None:
             return blocks
-        # Finished, or preempted and about to begin anew. What was due is not done: others may own the pages by then.
-        self._states[request_id] = _State(state.eviction)
-        self._due = [compaction for compaction in self._due if compaction.request_id != request_id]
+        # Preempted and about to begin anew. What was due is not done: others may own the pages by then. The table
+        # reaches into its last block, so at least this many tokens come again; fewer than a page more are no block.
+        read_before = max(state.read_before, (len(blocks) - 1) * self.block_size + 1)
+        self._states[request_id] = _State(state.eviction, read_before=read_before)
+        self._forget_due(request_id)
         return [block for block in blocks if not block.is_null]
 
 
