@@ -97,10 +97,13 @@ def is_private(request: Any) -> bool:
 
 def _token_ids(given: Mapping[str, Any], argument: str, defaults: Defaults) -> tuple[int, ...]:
     value = given.get(argument, ())
-    if not isinstance(value, list | tuple) or not all(
-        isinstance(token, int) and not isinstance(token, bool) and 0 <= token < defaults.vocabulary for token in value
-    ):
-        raise KVCompressError(f"{argument} must be a list of token ids below {defaults.vocabulary}")
+    if not isinstance(value, list | tuple):
+        raise KVCompressError(f"{argument} must be a list of token ids, got {value!r}")
+    for token in value:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < defaults.vocabulary:
+            raise KVCompressError(
+                f"{argument} holds {token!r}, which is none of the token ids below {defaults.vocabulary}"
+            )
     if len(value) > defaults.block_tokens:
         raise KVCompressError(f"{argument} has {len(value)} tokens, more than a step's {defaults.block_tokens}")
     return tuple(value)
