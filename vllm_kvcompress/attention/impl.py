@@ -356,6 +356,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         policy: Policy,
         protected_tokens: int,
         queries: torch.Tensor | None,
+        is_first: bool,
     ) -> None:
         """Evict from one request's pages, in place (`compaction.compact`).
 
@@ -383,6 +384,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             queries,
             offset,
             self.scale,
+            is_first,
         )
 
     def _prepare_gpu(self, gpu: GpuAttention) -> None:

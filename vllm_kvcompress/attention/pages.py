@@ -68,6 +68,8 @@ class _State:
     """The kept pages are a stored episode's: written no more, but replaced where another compaction is worth it"""
     replaced: tuple[int, ...] = ()
     """ids of the pages that took the place of shared ones"""
+    read_before: int = 0
+    """Tokens that a preempted request had read and generated: it reads them in blocks again, prompt or not"""
 
 
 class PageManager(AdoptsBlocks, FullAttentionManager):
@@ -85,9 +87,12 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
         self._states[request_id] = _State(eviction)
 
     def end_eviction(self, request_id: str) -> None:
-        """The request has finished."""
+        """The request has finished. vLLM asks for skipped blocks once more before it says so: nobody compacts those."""
         self._states.pop(request_id, None)
         self._forget_due(request_id)
+
+    def _forget_due(self, request_id: str) -> None:
+        self._due = [compaction for compaction in self._due if compaction.request_id != request_id]
 
     def take_compactions(self) -> list[Compaction]:
         """What has come due since the last call."""
@@ -143,7 +148,7 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
             return
         # While the prompt is read, and once after it; then blockwise, for tokens that are generated one by one.
         # A question about a stored episode is spared the copy of its pages until then, too.
-        reading = num_prompt_tokens is not None and processed_computed_tokens < num_prompt_tokens
+        reading = processed_computed_tokens < max(num_prompt_tokens or 0, state.read_before)
         lazy = state.prompt_done and not reading if not state.shared else not eviction.keeps
         if lazy and held < budget + eviction.block_tokens // self.block_size:
             return
@@ -198,15 +203,15 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         state = self._states.get(request_id)
-        if state is not None:
-            # Preempted and about to begin anew.
-            self._states[request_id] = _State(state.eviction)
-            self._forget_due(request_id)
-        return [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
-
-    def _forget_due(self, request_id: str) -> None:
-        """What is due is not done: others may own the pages by then. vLLM frees once more before a request finishes."""
-        self._due = [compaction for compaction in self._due if compaction.request_id != request_id]
+        blocks = super().pop_blocks_for_free(request_id)
+        if state is None:
+            return blocks
+        # Preempted and about to begin anew. What was due is not done: others may own the pages by then. The table
+        # reaches into its last block, so at least this many tokens come again; fewer than a page more are no block.
+        read_before = max(state.read_before, (len(blocks) - 1) * self.block_size + 1)
+        self._states[request_id] = _State(state.eviction, read_before=read_before)
+        self._forget_due(request_id)
+        return [block for block in blocks if not block.is_null]
 
 
 compat.register_cache_spec(PageSpec, PageManager)

@@ -125,10 +125,13 @@ def _name(given: Mapping[str, Any], argument: str) -> str | None:
 
 def _token_ids(given: Mapping[str, Any], argument: str, defaults: Defaults) -> tuple[int, ...]:
     value = given.get(argument, ())
-    if not isinstance(value, list | tuple) or not all(
-        isinstance(token, int) and not isinstance(token, bool) and 0 <= token < defaults.vocabulary for token in value
-    ):
-        raise KVCompressError(f"{argument} must be a list of token ids below {defaults.vocabulary}")
+    if not isinstance(value, list | tuple):
+        raise KVCompressError(f"{argument} must be a list of token ids, got {value!r}")
+    for token in value:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < defaults.vocabulary:
+            raise KVCompressError(
+                f"{argument} holds {token!r}, which is none of the token ids below {defaults.vocabulary}"
+            )
     most = min(defaults.block_tokens, defaults.max_model_len // 2)
     if len(value) > most:
         raise KVCompressError(

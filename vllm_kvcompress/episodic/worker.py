@@ -50,6 +50,7 @@ class EvictionWorker:
                 policy=POLICIES[order.eviction.policy],
                 protected_tokens=order.eviction.protected_tokens,
                 queries=queries.get(name),
+                is_first=not null,
             )
 
     def null(self, ranges: list[NullRange], attn_metadata: dict[str, Any]) -> None:
