@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from vllm_kvcompress.attention.pages import PageManager
 from vllm_kvcompress.checks import eviction_defaults
-from vllm_kvcompress.episodic.policies import POLICIES
+from vllm_kvcompress.episodic.policies import POLICIES, SnapKV
 from vllm_kvcompress.episodic.request import Eviction, parse
 
 if TYPE_CHECKING:
@@ -47,11 +47,14 @@ class Order:
 
 @dataclass(frozen=True)
 class NullRange:
-    """Pages [begin, end) of a request's row are gone; the row is the one with page `tail` in place `tail_index`."""
+    """Pages [begin, end) of a request's row are gone; the row is the one that begins with page `head`.
+
+    The first page of a request that evicts is never shared and never evicted, so no other row begins with it. Any later
+    place will not do: a page that was evicted stands in its old row until that is nulled, and may be another's by then.
+    """
 
     group: int
-    tail_index: int
-    tail: int
+    head: int
     begin: int
     end: int
 
@@ -119,7 +122,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         position = num_tokens
         if policy.queries == "guide":
             queries = list(eviction.guide)
-        elif policy.queries == "window":
+        elif isinstance(policy, SnapKV):
             position = max(0, num_tokens - policy.window)
             queries = list(request.all_token_ids[position:num_tokens])
         return Order(group, tables, num_tokens, compaction.begin, compaction.end, eviction, queries, position)
@@ -128,8 +131,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         begin, end = manager.evicted(request_id)
         if begin == end:
             return None
-        blocks = manager.req_to_blocks[request_id]
-        return NullRange(group, len(blocks) - 1, blocks[-1].block_id, begin, end)
+        return NullRange(group, manager.req_to_blocks[request_id][0].block_id, begin, end)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         return 0, False

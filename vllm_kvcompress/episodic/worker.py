@@ -49,16 +49,16 @@ class EvictionWorker:
                 policy=POLICIES[order.eviction.policy],
                 protected_tokens=order.eviction.protected_tokens,
                 queries=queries.get(name),
+                is_first=not null,
             )
 
     def null(self, ranges: list[NullRange], attn_metadata: dict[str, Any]) -> None:
         """Take freed pages out of the step's tables: the runner only ever appends to its rows."""
         for item in ranges:
             table = attn_metadata[self._groups[item.group][1][0]].block_table
-            # A page that is being written belongs to one request alone.
-            rows = (table[:, item.tail_index] == item.tail).nonzero().flatten()
+            rows = (table[:, 0] == item.head).nonzero().flatten()
             if len(rows) != 1:
-                raise RuntimeError(f"page {item.tail} is the tail of {len(rows)} requests in this step")
+                raise RuntimeError(f"page {item.head} is the first of {len(rows)} requests in this step")
             table[rows[0], item.begin : item.end] = 0
 
     def _run(self, order: Order, layers: list[str]) -> dict[str, torch.Tensor]:
@@ -75,6 +75,8 @@ class EvictionWorker:
             impl.observe = keep
             observed.append(impl)
         model = compat.loaded_model(self._config)
+        # A guide may not reach past the last position that RoPE has a phase for: it then begins somewhat earlier.
+        first = max(0, min(order.position, self._config.model_config.max_model_len - count))
         try:
             with (
                 set_forward_context(self._metadata(order, count), self._config, num_tokens=count, skip_compiled=True),
@@ -82,7 +84,7 @@ class EvictionWorker:
             ):
                 model(
                     input_ids=torch.tensor(order.queries, device=device),
-                    positions=torch.arange(order.position, order.position + count, device=device),
+                    positions=torch.arange(first, first + count, device=device),
                 )
         finally:
             for impl in observed:
