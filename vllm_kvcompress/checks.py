@@ -152,6 +152,10 @@ def _turn_on_eviction(vllm_config: VllmConfig) -> None:
             len(sliding.full_attention_layers(text_config, total)) < total,
             "eviction does not support models with sliding-window layers",
         ),
+        (
+            episodic.policy not in request.OFFERED,
+            f"eviction in the engine knows the policies {', '.join(request.OFFERED)}, not {episodic.policy}",
+        ),
         (parallel.pipeline_parallel_size > 1, "eviction does not support pipeline parallelism"),
         (vllm_config.speculative_config is not None, "eviction does not go with speculative decoding"),
         (vllm_config.lora_config is not None, "eviction does not go with LoRA"),
@@ -165,6 +169,13 @@ def _turn_on_eviction(vllm_config: VllmConfig) -> None:
     compat.add_http_middleware("vllm_kvcompress.serving.middleware.EpisodicMiddleware")
     longest = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
     scheduler.long_prefill_token_threshold = min(longest, episodic.block_tokens)
+    scheduler.long_prefill_token_threshold_adaptive = False  # it would let steps grow past a block
+
+
+def evicts(vllm_config: VllmConfig) -> bool:
+    """Whether requests of this engine may evict."""
+    transfer = vllm_config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector_module_path == _CONNECTOR_MODULE
 
 
 def eviction_defaults(vllm_config: VllmConfig) -> request.Defaults:

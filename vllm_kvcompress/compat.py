@@ -191,6 +191,34 @@ def register_cache_spec(spec: type, manager: type) -> None:
     KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)
 
 
+def wrap_lone_prefills(applies: Callable[[Any], bool]) -> None:
+    """Keep a lone request's steps to `long_prefill_token_threshold` too, where `applies(vllm_config)`.
+
+    0.32, 0.33: vllm/v1/core/sched/scheduler.py, `Scheduler.schedule` drops the threshold when there is only one
+    request, for there is nobody to starve; its step's budget is then what bounds it.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    scheduler_class: Any = Scheduler
+    original = scheduler_class.schedule
+    if getattr(original, "_kvcompress", False):
+        return
+
+    @functools.wraps(original)
+    def schedule(self, *args, **kwargs):
+        threshold, budget = self.scheduler_config.long_prefill_token_threshold, self.max_num_scheduled_tokens
+        if not 0 < threshold < budget or sum(self.get_request_counts()) != 1 or not applies(self.vllm_config):
+            return original(self, *args, **kwargs)
+        self.max_num_scheduled_tokens = threshold
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.max_num_scheduled_tokens = budget
+
+    schedule._kvcompress = True  # type: ignore[attr-defined]
+    scheduler_class.schedule = schedule
+
+
 def watch_loaded_models() -> None:
     """Remember the model of every configuration (`loaded_model`): a KV connector is not given it.
 

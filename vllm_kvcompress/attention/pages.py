@@ -66,8 +66,10 @@ class _State:
     prompt_done: bool = False
     shared: bool = False
     """The kept pages are a stored episode's: written no more, but replaced where another compaction is worth it"""
+    first: int = 0
+    """id of the first page as the worker knows it, where shared pages were replaced"""
     replaced: tuple[int, ...] = ()
-    """ids of the pages that took the place of shared ones"""
+    """ids of the pages that took their place"""
     read_before: int = 0
     """Tokens that a preempted request had read and generated: it reads them in blocks again, prompt or not"""
 
@@ -108,9 +110,10 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
         state = self._states[request_id]
         return (state.eviction.budget_pages, state.end) if state.end else (0, 0)
 
-    def replaced(self, request_id: str) -> tuple[int, ...]:
-        """ids of the first pages where they are not those that the worker was told of."""
-        return self._states[request_id].replaced
+    def replaced(self, request_id: str) -> tuple[int, tuple[int, ...]]:
+        """id of the first page as the worker was told, and of the kept pages where they are others now."""
+        state = self._states[request_id]
+        return (state.first, state.replaced) if state.replaced else (self.req_to_blocks[request_id][0].block_id, ())
 
     def adopt(self, request_id: str, blocks: list[KVCacheBlock], end: int) -> None:
         """Offer the request the kept pages of a stored episode, of which [budget_pages, end) are null."""
@@ -157,7 +160,8 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
             if self.block_pool.get_num_free_blocks() < budget:
                 return  # again at the next step; should nothing come free, vLLM preempts as it does for any request
             blocks[:budget] = self.block_pool.get_new_blocks(budget)
-            state.replaced, state.shared = tuple(block.block_id for block in blocks[:budget]), False
+            state.first, state.shared = kept[0].block_id, False
+            state.replaced = tuple(block.block_id for block in blocks[:budget])
             self.block_pool.free_blocks(reversed(kept))
         state.prompt_done = not reading
         ids = [tuple(block.block_id for block in some) for some in (freed, kept)]

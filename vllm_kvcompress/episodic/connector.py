@@ -56,12 +56,15 @@ class Order:
 
 @dataclass(frozen=True)
 class NullRange:
-    """Pages [begin, end) of a request's row are gone; the row is the one with page `tail` in place `tail_index`.
+    """Pages [begin, end) of a request's row are gone, and its first pages are `head` where that is not empty.
 
-    Its first pages are `head`, where that is not empty.
+    The row begins with page `first` (or with `head`, once that is in it) and has page `tail` in place `tail_index`.
+    Rows of questions about one episode begin alike; a tail is one request's, but a page that was evicted stands in its
+    old row until that is nulled, and may be another's tail by then. `worker.match_rows` tells them apart.
     """
 
     group: int
+    first: int
     tail_index: int
     tail: int
     begin: int
@@ -144,8 +147,6 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         position = num_tokens
         if policy.queries == "guide":
             queries = list(eviction.guide)
-            # Right behind the history, or as near to that as the model has positions.
-            position = min(num_tokens, self._vllm_config.model_config.max_model_len - len(queries))
         elif isinstance(policy, SnapKV):
             position = max(0, num_tokens - policy.window)
             queries = list(request.all_token_ids[position:num_tokens])
@@ -156,7 +157,8 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         if begin == end:
             return None
         blocks = manager.req_to_blocks[request_id]
-        return NullRange(group, len(blocks) - 1, blocks[-1].block_id, begin, end, manager.replaced(request_id))
+        first, head = manager.replaced(request_id)
+        return NullRange(group, first, len(blocks) - 1, blocks[-1].block_id, begin, end, head)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens whose pages a stored episode has, without any being loaded."""

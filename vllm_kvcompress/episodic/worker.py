@@ -55,15 +55,13 @@ class EvictionWorker:
 
     def null(self, ranges: list[NullRange], attn_metadata: dict[str, Any]) -> None:
         """Take freed pages out of the step's tables: the runner only ever appends to its rows."""
-        for item in ranges:
-            table = attn_metadata[self._groups[item.group][1][0]].block_table
-            # A page that is being written belongs to one request alone.
-            rows = (table[:, item.tail_index] == item.tail).nonzero().flatten()
-            if len(rows) != 1:
-                raise RuntimeError(f"page {item.tail} is the tail of {len(rows)} requests in this step")
-            table[rows[0], item.begin : item.end] = 0
-            if item.head:
-                table[rows[0], : len(item.head)] = torch.tensor(item.head, dtype=table.dtype, device=table.device)
+        for group in sorted({item.group for item in ranges}):
+            metadata = attn_metadata[self._groups[group][1][0]]
+            table = metadata.block_table[: len(metadata.query_start_loc) - 1]  # padding may hold what is over
+            for item, row in match_rows(table, [item for item in ranges if item.group == group]):
+                table[row, item.begin : item.end] = 0
+                if item.head:
+                    table[row, : len(item.head)] = torch.tensor(item.head, dtype=table.dtype, device=table.device)
 
     def _run(self, order: Order, layers: list[str]) -> dict[str, torch.Tensor]:
         """Queries [Q, Hq, D] of every layer of a forward pass over the cache that leaves nothing behind in it."""
@@ -79,6 +77,8 @@ class EvictionWorker:
             impl.observe = keep
             observed.append(impl)
         model = compat.loaded_model(self._config)
+        # A guide may not reach past the last position that RoPE has a phase for: it then begins somewhat earlier.
+        first = max(0, min(order.position, self._config.model_config.max_model_len - count))
         try:
             with (
                 set_forward_context(self._metadata(order, count), self._config, num_tokens=count, skip_compiled=True),
@@ -86,7 +86,7 @@ class EvictionWorker:
             ):
                 model(
                     input_ids=torch.tensor(order.queries, device=device),
-                    positions=torch.arange(order.position, order.position + count, device=device),
+                    positions=torch.arange(first, first + count, device=device),
                 )
         finally:
             for impl in observed:
@@ -118,3 +118,34 @@ class EvictionWorker:
                 )
             found.update(dict.fromkeys(layers, metadata))
         return found
+
+
+def match_rows(table: torch.Tensor, ranges: list[NullRange]) -> list[tuple[NullRange, int]]:
+    """Which row of the step's table [R, max_pages] is which request's.
+
+    A request's own row always fits it. Another may, by a page that it does not own any more; but the last page of
+    whoever owned that before is its own alone, so by leaving out rows that are found the rest are.
+
+    Raises:
+        RuntimeError: a row cannot be told.
+    """
+    open_rows = {}
+    for item in ranges:
+        firsts = [item.first, *item.head[:1]]
+        fits = torch.isin(table[:, 0], table.new_tensor(firsts)) & (table[:, item.tail_index] == item.tail)
+        open_rows[item] = set(fits.nonzero().flatten().tolist())
+    found = []
+    while open_rows:
+        sure = [item for item, rows in open_rows.items() if len(rows) == 1]
+        if not sure:
+            item, rows = next(iter(open_rows.items()))
+            raise RuntimeError(f"page {item.tail} is the tail of {len(rows)} requests in this step")
+        for item in sure:
+            rows = open_rows.pop(item)
+            if not rows:
+                raise RuntimeError(f"page {item.tail} is the tail of no request in this step")
+            (row,) = rows
+            found.append((item, row))
+            for others in open_rows.values():
+                others.discard(row)
+    return found
