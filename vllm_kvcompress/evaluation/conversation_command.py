@@ -44,6 +44,9 @@ from vllm_kvcompress.rotations import model_fingerprint, model_folder
 
 SUMMARY = "measure answers about long conversations under eviction: LoCoMo, by policy and budget"
 
+_FEW_QUESTIONS = 20
+"""Below this, percentile intervals cover far less than they say."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `kvcompress eval-conversations`."""
@@ -314,6 +317,8 @@ def _notes(
         "evicted yet when the question is read.",
         "Greedy answers are read after one more eviction, with the question in the cache.",
     ]
+    if len(asked) < _FEW_QUESTIONS:
+        notes.append(f"Intervals resampled from {len(asked)} questions are too narrow; raise --questions.")
     if BASELINE not in args.policies:
         notes.append(f"Without {BASELINE} among --policies nothing is compared with it.")
     return notes
