@@ -46,12 +46,15 @@ class WordTokenizer:
         return text + ("<assistant>" if add_generation_prompt else "")
 
 
+PLACES = ("kvcompress_guide", "kvcompress_episode")
+
+
 class NotingEngine:
     """Of `vllm.LLM` what a chat touches."""
 
     def __init__(self, *, budget=512, dtype="turboquant-4", longest=100_000, **episodic):
         self.tokenizer = WordTokenizer()
-        self.requests = []
+        self.requests, self.kept, self.forgets = [], [], False
         settings = {"episodic": {"budget": budget, "block_tokens": BLOCK, **episodic}} if budget else {}
         self.llm_engine = SimpleNamespace(
             vllm_config=SimpleNamespace(
@@ -69,9 +72,15 @@ class NotingEngine:
         return self.tokenizer
 
     def generate(self, prompt, params, use_tqdm):
+        extra = params.extra_args or {}
+        if "kvcompress_keep" in extra:
+            self.kept.append((prompt, params))
+            report = {"kvcompress": {"kept_tokens": len(prompt["prompt_token_ids"]) // 128 * 128}}
+            return [SimpleNamespace(outputs=[None], num_cached_tokens=0, kv_transfer_params=report)]
         self.requests.append((prompt, params))
         said = SimpleNamespace(text="an answer", finish_reason="stop")
-        return [SimpleNamespace(outputs=[said], num_cached_tokens=None)]
+        reused = 0 if self.forgets or "kvcompress_episode" not in extra else 128
+        return [SimpleNamespace(outputs=[said], num_cached_tokens=reused)]
 
 
 @pytest.fixture
@@ -128,7 +137,7 @@ def test_a_long_history_is_routed(make_chat, topic):
     chat, llm = make_chat([{"role": "system", "content": "you never forget"}, *long_history()], episodes=3)
     answer = chat.ask(" ".join(TOPICS[topic][:5]), max_tokens=8)
     extra = llm.requests[0][1].extra_args
-    assert {name: value for name, value in extra.items() if name != "kvcompress_guide"} == {
+    assert {name: value for name, value in extra.items() if name not in PLACES} == {
         "kvcompress_budget": 512,
         "kvcompress_policy": "epicache",
         "kvcompress_protect": words("<system> you never forget <end> <user>"),
@@ -230,6 +239,42 @@ def test_remembered_answers_are_history(make_chat):
     chat.ask("violin")
     text = llm.tokenizer.text(llm.requests[1][0]["prompt_token_ids"])
     assert text.endswith("<user> tomato <end> <assistant> an answer <end> <user> violin <end> <assistant>")
+
+
+def test_a_history_is_kept_once_for_an_episode_and_again_when_it_has_grown_by_a_block(make_chat):
+    chat, llm = make_chat(long_history(), episodes=3)
+    cooking, again, sailing = (
+        " ".join(words[:5]) for words in (*list(TOPICS.values())[:1] * 2, list(TOPICS.values())[1])
+    )
+    first = chat.ask(cooking, remember=False)
+    assert len(llm.kept) == 1 and first.reused == 128
+    (built, params), (asked, question) = llm.kept[0], llm.requests[0]
+    tokens = built["prompt_token_ids"]
+    assert tokens == asked["prompt_token_ids"][: len(tokens)] and llm.tokenizer.text(tokens).endswith("<end>")
+    assert (params.max_tokens, params.ignore_eos) == (2, True)
+    name = question.extra_args["kvcompress_episode"]
+    assert params.extra_args == {**question.extra_args, "kvcompress_keep": name}
+    chat.ask(again, remember=False)
+    assert len(llm.kept) == 1 and llm.requests[1][1].extra_args["kvcompress_episode"] == name
+    chat.ask(sailing, remember=False)
+    assert len(llm.kept) == 2 and llm.kept[1][1].extra_args["kvcompress_keep"] != name
+    chat.append("user", " ".join(next(iter(TOPICS.values()))[:5] * (BLOCK // 5 + 30)))
+    chat.ask(cooking, remember=False)
+    assert len(llm.kept) == 3 and len(llm.kept[2][0]["prompt_token_ids"]) > len(tokens) + BLOCK
+
+
+def test_what_the_engine_has_let_go_is_kept_again(make_chat):
+    chat, llm = make_chat(long_history())
+    for forgets, kept in ((False, 1), (True, 1), (False, 2), (False, 2)):
+        llm.forgets = forgets
+        chat.ask("one", remember=False)
+        assert len(llm.kept) == kept
+
+
+def test_without_keeping_nothing_is_named(make_chat):
+    chat, llm = make_chat(long_history())
+    assert chat.ask("one", keep=False).reused == 0
+    assert not llm.kept and "kvcompress_episode" not in llm.requests[0][1].extra_args
 
 
 def refused(match, function, *args, **kwargs):

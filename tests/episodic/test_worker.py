@@ -31,7 +31,7 @@ def test_a_row_is_known_before_and_after_its_first_pages_are_replaced():
 
 @pytest.mark.parametrize("row", [[5, 6, 8], [4, 6, 9]])
 def test_a_row_that_is_not_there(row):
-    with pytest.raises(RuntimeError, match="page 9 is the tail of (no|0) request"):
+    with pytest.raises(RuntimeError, match=r"page 9 is the tail of (no|0) request"):
         match_rows(torch.tensor([row], dtype=torch.int32), [item(5, 2, 9)])
 
 

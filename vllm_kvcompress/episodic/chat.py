@@ -10,9 +10,9 @@ A history of up to `settings.threshold` tokens is sent as it is. Of a longer one
 tokens a layer, those that matter to the episode the question is about; the system prompt stays whole. Nothing is
 shortened in the text: tokens keep their positions, so the history must fit `max_model_len`.
 
-The history is evicted as it is read, in steps of at most `settings.block_tokens`, and once more before the second
-token of the answer. The question and what is left of the history after the last whole step are read in one step, so
-that step sees up to a block of the latest history in full.
+The history is read once for an episode, in steps of at most `settings.block_tokens` with an eviction after each, and
+kept by the engine; each question begins with what was kept. Up to a block of the latest history is read with the
+question, in full; when it has grown by more, the new part is read and evicted over what was kept.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from vllm_kvcompress.config import load_settings
 from vllm_kvcompress.episodic import request
 from vllm_kvcompress.episodic.embed import Embedder, make_embedder
 from vllm_kvcompress.episodic.guide import guide_tokens
+from vllm_kvcompress.episodic.identity import digest
 from vllm_kvcompress.episodic.policies import POLICIES
 from vllm_kvcompress.episodic.router import EpisodeMap, EpisodeRouter
 from vllm_kvcompress.episodic.segment import chat_utterances, content_text
 from vllm_kvcompress.episodic.settings import EpisodicSettings
-from vllm_kvcompress.episodic.template import ChatTemplate, Message
+from vllm_kvcompress.episodic.template import ChatTemplate, Message, common_tokens
 from vllm_kvcompress.errors import KVCompressError
 from vllm_kvcompress.formats import is_ours
 from vllm_kvcompress.rotations import model_fingerprint, model_folder
@@ -54,7 +55,7 @@ class Answer:
     guide_windows: int
     """Windows that the episode's guide quotes; fewer than `settings.medoids` if they did not fit a step"""
     reused: int
-    """Tokens of the prompt that were not computed but found in the engine's prefix cache"""
+    """Tokens of the prompt that were not computed: the engine had the pages kept, or in its prefix cache"""
     finish_reason: str | None
     """As vLLM's: `stop`, or `length` for an answer cut at max_tokens"""
 
@@ -98,6 +99,8 @@ class EpisodicChat:
         self._template = ChatTemplate(llm.get_tokenizer())
         self._router = EpisodeRouter(self._settings, embedder or self._default_embedder())
         self._messages: list[Message] = []
+        self._kept: dict[str | None, int] = {}
+        """Tokens of the history whose pages the engine has, by episode"""
 
     def _default_embedder(self) -> Embedder:
         model = self._config.model_config
@@ -139,11 +142,15 @@ class EpisodicChat:
             added.append({**message, "content": content_text(message.get("content"), number)})
         self._messages += added
 
-    def ask(self, question: str, *, max_tokens: int = 256, remember: bool = True, **sampling: Any) -> Answer:
+    def ask(
+        self, question: str, *, max_tokens: int = 256, remember: bool = True, keep: bool = True, **sampling: Any
+    ) -> Answer:
         """The model's answer to a question about the history.
 
         Args:
             max_tokens: of the answer.
+            keep: have a long history's compacted pages kept in the engine, where they are not yet, for this question
+                and those to come about the same episode. False reads the history for this question alone.
             remember: append question and answer to the history, as a chat goes on. False leaves it as it is, to ask
                 many questions about one history.
             sampling: as `vllm.SamplingParams`, such as temperature=0.
@@ -179,10 +186,14 @@ class EpisodicChat:
                 episode = episodes.route(asked[-1]["content"]).episode
                 limit = self._guide_limit(len(prompt) + max_tokens)
                 arguments[request.GUIDE], windows = guide_tokens(episodes, episode, self._template.encode, limit)
-                # The key of what could be kept for the next question: episodes.episodes[episode].key.
             extra |= arguments
+            if keep:
+                key = "no guide" if episodes is None or episode is None else episodes.episodes[episode].key
+                extra[request.EPISODE] = self._keep(prompt, key, arguments)
         output = self._generate(prompt, max_tokens, sampling, extra)
         said = output.outputs[0]
+        if not output.num_cached_tokens:
+            self._kept.pop(extra.get(request.EPISODE), None)  # the engine needed the room
         if remember:
             self._messages += [asked[-1], {"role": "assistant", "content": said.text}]
         return Answer(
@@ -195,6 +206,17 @@ class EpisodicChat:
             reused=output.num_cached_tokens or 0,
             finish_reason=said.finish_reason,
         )
+
+    def _keep(self, prompt: list[int], key: str, arguments: Mapping[str, Any]) -> str:
+        """The name under which the engine has the history's pages, all but a block at most."""
+        name = digest("chat", repr(self._salt), key, str(arguments[request.BUDGET]), str(arguments[request.POLICY]))
+        history = prompt[: common_tokens(prompt, self._template.tokens(self._messages))]
+        if len(history) - self._kept.get(name, 0) > eviction_defaults(self._config).block_tokens:
+            extra = {**arguments, request.KEEP: name, request.EPISODE: name}
+            # The second token has the last block of the prompt compacted.
+            output = self._generate(history, 2, {"temperature": 0, "ignore_eos": True}, extra)
+            self._kept[name] = ((output.kv_transfer_params or {}).get("kvcompress") or {}).get("kept_tokens", 0)
+        return name
 
     def _guide_limit(self, tokens: int) -> int:
         """Longest guide after `tokens`: a step's, and its positions must be within the model's too."""

@@ -34,6 +34,7 @@ from vllm_kvcompress.episodic.policies import POLICIES
 from vllm_kvcompress.episodic.router import EpisodeMap, EpisodeRouter
 from vllm_kvcompress.episodic.segment import chat_utterances
 from vllm_kvcompress.episodic.settings import EpisodicSettings
+from vllm_kvcompress.episodic.template import common_tokens
 from vllm_kvcompress.errors import KVCompressError
 from vllm_kvcompress.serving.loopback import App, Message, Receive, Scope, Send, answer, post, read_body, with_body
 
@@ -138,13 +139,13 @@ class EpisodicMiddleware:
             episode = episodes.episodes[index]
         except KVCompressError as error:
             raise _PassedOn(str(error)) from None
-        past = _common(tokens, await self._render(scope, receive, request, history, False))
+        past = common_tokens(tokens, await self._render(scope, receive, request, history, False))
         system = []
         for message in history:
             if message.get("role") not in ("system", "developer"):
                 break
             system.append(message)
-        protected = _common(tokens, await self._render(scope, receive, request, system, False)) if system else 0
+        protected = common_tokens(tokens, await self._render(scope, receive, request, system, False)) if system else 0
         xargs = await asyncio.to_thread(engine.arguments, episodes, index, protected, given or {})
         # The key stands for the server's settings; a client's own are another episode.
         name = digest(episode.key, str(xargs[arguments.BUDGET]), str(xargs[arguments.POLICY]))
@@ -247,11 +248,3 @@ class _Engine:
             limit = min(self.block_tokens, self._defaults.max_model_len // 2)
             found[arguments.GUIDE], _ = guide_tokens(episodes, index, lambda text: self._encode([text])[0], limit)
         return found
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two prompts have in common at the beginning."""
-    for index, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return index
-    return min(len(first), len(second))
