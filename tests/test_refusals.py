@@ -359,3 +359,37 @@ def test_unknown_dtype_is_still_refused_by_vllm(model):
 
 def test_other_dtypes_need_no_rotation(model):
     assert configure(model, dtype="auto").cache_config.cache_dtype in ("auto", "float32", "bfloat16")
+
+
+EPISODIC = {"episodic": {"budget": 512, "block_tokens": 256}}
+on_cpu = pytest.mark.skipif(torch.cuda.device_count() > 0, reason="eviction runs on the CPU only so far")
+
+
+@on_cpu
+@pytest.mark.parametrize("tokens", [128, 2048])
+def test_eviction_is_turned_on_by_its_settings(model, tokens):
+    """A connector of ours, and no step longer than a block, whatever else is in it."""
+    config = configure(model, "hadamard-int2", EPISODIC, max_num_batched_tokens=tokens, max_num_seqs=4)
+    assert config.kv_transfer_config.kv_connector == "EvictionConnector"
+    assert checks.evicts(config)
+    assert config.scheduler_config.long_prefill_token_threshold == min(tokens, 256)
+    assert checks.eviction_defaults(config).block_tokens == min(tokens, 256)
+    plain = configure(model, "hadamard-int2")
+    assert plain.kv_transfer_config is None and not checks.evicts(plain)
+
+
+@on_cpu
+@pytest.mark.parametrize("settings", [None, EPISODIC])
+def test_other_connectors_are_refused(model, settings):
+    from vllm.config import KVTransferConfig
+
+    other = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    refused(model, "remove --kv-transfer-config", dtype="hadamard-int2", settings=settings, kv_transfer_config=other)
+
+
+@on_cpu
+def test_what_eviction_does_not_go_with_is_refused(model):
+    refused(model, "speculative decoding", dtype="hadamard-int2", settings=EPISODIC,
+            speculative_config={**NGRAM, "num_speculative_tokens": 2})  # fmt: skip
+    h2o = {"episodic": {**EPISODIC["episodic"], "policy": "h2o"}}
+    refused(model, "epicache, snapkv, keydiff, streaming, not h2o", dtype="hadamard-int2", settings=h2o)
