@@ -269,20 +269,13 @@ def test_flag_pairs(model, arguments, word):
 
 
 EPISODIC = {"episodic": {"budget": 512, "block_tokens": 256}}
+on_cpu = pytest.mark.skipif(torch.cuda.device_count() > 0, reason="eviction runs on the CPU only so far")
 
 
-def test_eviction_brings_its_connector_and_steps_of_a_block(model):
-    config = configure(model, "int2", EPISODIC)
-    assert config.kv_transfer_config.kv_connector == "EvictionConnector"
-    assert config.scheduler_config.long_prefill_token_threshold == 256
-    assert not config.scheduler_config.disable_hybrid_kv_cache_manager
-    assert configure(model, "int2").kv_transfer_config is None
-
-
+@on_cpu
 @pytest.mark.parametrize(
     "arguments,word",
     [
-        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "there can be one"),
         ({"speculative_config": {**NGRAM, "num_speculative_tokens": 3}}, "speculative decoding"),
         ({"pipeline_parallel_size": 2}, "pipeline"),
         ({"enable_lora": True}, "LoRA"),
@@ -300,6 +293,7 @@ def test_eviction_is_not_on_a_gpu_yet(model, monkeypatch):
         checks.check_config(config)
 
 
+@on_cpu
 @pytest.mark.parametrize(
     "episodic,word",
     [({}, "budget"), ({"budget": 100}, "512"), ({"budget": 512, "policy": "h2o"}, "epicache"), ("{", "episodic")],
@@ -308,6 +302,7 @@ def test_settings_of_eviction(model, episodic, word):
     refused(model, word, dtype="int2", settings={"episodic": episodic})
 
 
+@on_cpu
 def test_arguments_of_a_request(model):
     from vllm import SamplingParams
 
@@ -361,10 +356,6 @@ def test_other_dtypes_need_no_rotation(model):
     assert configure(model, dtype="auto").cache_config.cache_dtype in ("auto", "float32", "bfloat16")
 
 
-EPISODIC = {"episodic": {"budget": 512, "block_tokens": 256}}
-on_cpu = pytest.mark.skipif(torch.cuda.device_count() > 0, reason="eviction runs on the CPU only so far")
-
-
 @on_cpu
 @pytest.mark.parametrize("tokens", [128, 2048])
 def test_eviction_is_turned_on_by_its_settings(model, tokens):
@@ -385,11 +376,3 @@ def test_other_connectors_are_refused(model, settings):
 
     other = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
     refused(model, "remove --kv-transfer-config", dtype="hadamard-int2", settings=settings, kv_transfer_config=other)
-
-
-@on_cpu
-def test_what_eviction_does_not_go_with_is_refused(model):
-    refused(model, "speculative decoding", dtype="hadamard-int2", settings=EPISODIC,
-            speculative_config={**NGRAM, "num_speculative_tokens": 2})  # fmt: skip
-    h2o = {"episodic": {**EPISODIC["episodic"], "policy": "h2o"}}
-    refused(model, "epicache, snapkv, keydiff, streaming, not h2o", dtype="hadamard-int2", settings=h2o)

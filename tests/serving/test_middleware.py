@@ -68,6 +68,10 @@ class Engine:
         keys = [f"{salt}-{number}-{len(history) // 100}" for number in range(2)]
         return SimpleNamespace(episodes=[SimpleNamespace(key=key) for key in keys]), int("beach" in question)
 
+    def check(self, given):
+        if given.get(arguments.BUDGET, BUDGET) < 256:
+            raise KVCompressError("too small")
+
     def arguments(self, episodes, index, protected, given):
         budget = given.get(arguments.BUDGET, BUDGET)
         return {arguments.BUDGET: budget, arguments.POLICY: "snapkv", arguments.PROTECT: protected}
@@ -127,6 +131,20 @@ def test_short_histories_and_other_requests_pass_byte_for_byte():
         status, headers, _ = ask(EpisodicMiddleware(server), body, path=path)
         assert status == 200 and module.HEADER not in headers
         assert [(found, sent) for found, sent, _ in server.calls] == [(path, body)]
+
+
+def test_overrides_mean_nothing_to_a_short_history():
+    server = Server()
+    xargs = {arguments.BUDGET: 1024, "other": 1}
+    request = {"messages": [SYSTEM, QUESTION], "seed": 3}
+    _, headers, _ = ask(EpisodicMiddleware(server), {**request, "vllm_xargs": xargs})
+    assert json.loads(server.calls[-1][1]) == {**request, "vllm_xargs": {"other": 1}} and module.HEADER not in headers
+    for messages in ([SYSTEM, QUESTION], [*LONG, QUESTION]):
+        server = Server()
+        status, _, content = ask(
+            EpisodicMiddleware(server), {"messages": messages, "vllm_xargs": {arguments.BUDGET: 3}}
+        )
+        assert status == 400 and content["error"]["message"] == "too small" and not server.calls
 
 
 def test_a_history_just_over_the_threshold_in_bytes_only_is_rendered_and_passes():

@@ -44,6 +44,7 @@ CHAT = "/v1/chat/completions"
 HEADER = b"x-kvcompress-episode"
 # What decides how messages become tokens, as `/tokenize` takes it.
 _RENDERING = ("model", "tools", "chat_template", "chat_template_kwargs", "add_special_tokens")
+_OVERRIDES = (arguments.BUDGET, arguments.POLICY)
 _OWN = (arguments.GUIDE, arguments.KEEP, arguments.EPISODE, arguments.PROTECT)
 _REUSED = re.compile(rb'"reused_tokens":\s*(\d+)')
 _REMEMBERED = 4096
@@ -51,7 +52,11 @@ _REMEMBERED = 4096
 
 
 class _PassedOn(Exception):
-    """The request goes to vLLM as it is."""
+    """The request goes to vLLM as it is, but for overrides of episodes that it has no use for; why, if unexpected."""
+
+    def __init__(self, reason: str = "", body: bytes | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.body = reason, body
 
 
 class _Refused(Exception):
@@ -94,10 +99,10 @@ class EpisodicMiddleware:
         except _Refused as refusal:
             await answer(send, *refusal.args)
             return
-        except _PassedOn as reason:
-            if reason.args:
-                logger.warning("a long history is answered as it is, in full: %s", reason)
-            await self._app(*with_body(scope, receive, body), send)
+        except _PassedOn as passed:
+            if passed.reason:
+                logger.warning("a long history is answered as it is, in full: %s", passed.reason)
+            await self._app(*with_body(scope, receive, passed.body or body), send)
             return
 
         async def send_with_header(message: Message) -> None:
@@ -113,7 +118,7 @@ class EpisodicMiddleware:
     async def _plan(self, scope: Scope, receive: Receive, body: bytes) -> _Plan:
         engine = await self._find_engine(scope)
         # A token has at least a byte.
-        if len(body) <= engine.settings.threshold:
+        if len(body) <= engine.settings.threshold and arguments.PREFIX.encode() not in body:
             raise _PassedOn
         try:
             request = json.loads(body)
@@ -123,22 +128,32 @@ class EpisodicMiddleware:
         messages = request.get("messages") if isinstance(request, dict) else None
         if (
             not isinstance(messages, list)
-            or len(messages) < 2
             or not all(isinstance(message, dict) for message in messages)
-            or messages[-1].get("role") != "user"
             or (given is not None and (not isinstance(given, dict) or any(name in given for name in _OWN)))
         ):
             raise _PassedOn
+        untouched = None
+        if given and any(name in given for name in _OVERRIDES):
+            try:
+                engine.check(given)
+            except KVCompressError as error:
+                raise _Refused(
+                    400, {"error": {"message": str(error), "type": "BadRequestError", "code": 400}}
+                ) from None
+            rest = {name: value for name, value in given.items() if name not in _OVERRIDES}
+            untouched = json.dumps({**request, "vllm_xargs": rest}).encode()
+        if len(messages) < 2 or messages[-1].get("role") != "user" or len(body) <= engine.settings.threshold:
+            raise _PassedOn(body=untouched)
         tokens = await self._render(scope, receive, request, messages, True)
         if len(tokens) <= engine.settings.threshold:
-            raise _PassedOn
+            raise _PassedOn(body=untouched)
         *history, question = messages
         try:
             utterances, asked = chat_utterances(history), chat_utterances([question])[0].text
             episodes, index = await asyncio.to_thread(engine.route, utterances, asked, request.get("cache_salt"))
             episode = episodes.episodes[index]
         except KVCompressError as error:
-            raise _PassedOn(str(error)) from None
+            raise _PassedOn(str(error), untouched) from None
         past = common_tokens(tokens, await self._render(scope, receive, request, history, False))
         system = []
         for message in history:
@@ -236,6 +251,18 @@ class _Engine:
         found = self._router.episodes(history, salt=salt)
         return found, found.route(question).episode
 
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Refuse a client's overrides that no episode could be read with.
+
+        Raises:
+            KVCompressError: with the argument and its value.
+        """
+        policy = given.get(arguments.POLICY, self.settings.policy)
+        full = {arguments.BUDGET: self.settings.budget, **given, arguments.POLICY: policy}
+        if isinstance(policy, str) and policy in POLICIES and POLICIES[policy].queries == "guide":
+            full[arguments.GUIDE] = [0]
+        arguments.parse(full, self._defaults)
+
     def arguments(self, episodes: EpisodeMap, index: int, protected: int, given: Mapping[str, Any]) -> dict[str, Any]:
         """The `vllm_xargs` that decide what is kept of an episode; the client's own budget and policy win."""
         policy = given.get(arguments.POLICY, self.settings.policy)
@@ -244,7 +271,7 @@ class _Engine:
             arguments.POLICY: policy,
             arguments.PROTECT: protected,
         }
-        if policy in POLICIES and POLICIES[policy].queries == "guide":
+        if POLICIES[policy].queries == "guide":
             limit = min(self.block_tokens, self._defaults.max_model_len // 2)
             found[arguments.GUIDE], _ = guide_tokens(episodes, index, lambda text: self._encode([text])[0], limit)
         return found
