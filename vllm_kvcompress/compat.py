@@ -257,7 +257,8 @@ def wrap_request_check(check: Callable[[Any, Any], None]) -> None:
 
     What it refuses is the client's error (HTTP 400); in the engine core it would end the engine.
 
-    0.32, 0.33: vllm/v1/engine/input_processor.py, `InputProcessor._validate_params`.
+    0.32, 0.33: vllm/v1/engine/input_processor.py, `InputProcessor._validate_params`. `AsyncLLM.generate` makes a 500
+    of any exception but vLLM's own of client errors; offline it stays a ValueError.
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
@@ -268,13 +269,16 @@ def wrap_request_check(check: Callable[[Any, Any], None]) -> None:
     if getattr(original, "_kvcompress", False):
         return
 
+    class BadRequestError(VLLMValidationError, ValueError):
+        pass
+
     @functools.wraps(original)
     def _validate_params(self, params, *args, **kwargs):
         if isinstance(params, SamplingParams):
             try:
                 check(self.vllm_config, params)
             except KVCompressError as error:
-                raise VLLMValidationError(str(error)) from None
+                raise BadRequestError(str(error)) from error
         return original(self, params, *args, **kwargs)
 
     _validate_params._kvcompress = True  # type: ignore[attr-defined]
