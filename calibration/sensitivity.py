@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vllm_kvcompress.calibration.tap import Heads, attend, full_attention, listening
+from vllm_kvcompress.episodic.policies import layer_sensitivity
 
 
 def block_mask(length: int, block: int, sinks: int, device: torch.device) -> torch.Tensor:
@@ -42,10 +43,7 @@ def measure(model: Any, ids: torch.Tensor) -> dict[int, float]:
         full[heads.layer_id] = heads.key[:, first:].clone()
 
     def compare(heads: Heads) -> torch.Tensor:
-        cosine = torch.nn.functional.cosine_similarity(
-            heads.key[:, first:].float(), full.pop(heads.layer_id).float(), dim=-1
-        )
-        found[heads.layer_id] = float(1 - cosine.double().mean())
+        found[heads.layer_id] = layer_sensitivity(full.pop(heads.layer_id), heads.key[:, first:])
         return attend(heads, mask)
 
     for listener in (remember, compare):

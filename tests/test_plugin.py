@@ -56,7 +56,6 @@ def test_other_dtypes_keep_the_platforms_backend(name):
         ({"has_sliding_window": True}, "sliding window"),
         ({"has_sink": True}, "attention sinks"),
         ({"use_mla": True}, "MLA"),
-        ({"use_kv_connector": True}, "KV connector"),
         ({"use_mm_prefix": True}, "multimodal"),
     ],
 )

@@ -268,6 +268,54 @@ def test_flag_pairs(model, arguments, word):
     refused(model, word, dtype="hadamard-int2", **arguments)
 
 
+EPISODIC = {"episodic": {"budget": 512, "block_tokens": 256}}
+on_cpu = pytest.mark.skipif(torch.cuda.device_count() > 0, reason="eviction runs on the CPU only so far")
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "arguments,word",
+    [
+        ({"speculative_config": {**NGRAM, "num_speculative_tokens": 3}}, "speculative decoding"),
+        ({"pipeline_parallel_size": 2}, "pipeline"),
+        ({"enable_lora": True}, "LoRA"),
+    ],
+)
+def test_what_eviction_does_not_go_with(model, arguments, word):
+    refused(model, word, "episodic", dtype="int2", settings=EPISODIC, **arguments)
+
+
+def test_eviction_is_not_on_a_gpu_yet(model, monkeypatch):
+    config = configure(model, "int2")
+    config.additional_config = {"kvcompress": EPISODIC}
+    monkeypatch.setattr(config.device_config, "device_type", "cuda")
+    with pytest.raises(checks.UnsupportedModelError, match="CPU only"):
+        checks.check_config(config)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "episodic,word",
+    [({}, "budget"), ({"budget": 100}, "512"), ({"budget": 512, "policy": "h2o"}, "epicache"), ("{", "episodic")],
+)
+def test_settings_of_eviction(model, episodic, word):
+    refused(model, word, dtype="int2", settings={"episodic": episodic})
+
+
+@on_cpu
+def test_arguments_of_a_request(model):
+    from vllm import SamplingParams
+
+    plain, evicting = configure(model, "int2"), configure(model, "int2", EPISODIC)
+    wanted = SamplingParams(extra_args={"kvcompress_budget": 512, "kvcompress_policy": "keydiff"})
+    checks.check_request(evicting, wanted)
+    checks.check_request(plain, SamplingParams(extra_args={"other": 1}))
+    with pytest.raises(checks.KVCompressError, match="start it with"):
+        checks.check_request(plain, wanted)
+    with pytest.raises(checks.KVCompressError, match="kvcompress_budgte='x'"):
+        checks.check_request(evicting, SamplingParams(extra_args={"kvcompress_budgte": "x"}))
+
+
 def test_micro_batching(model):
     config = configure(model, dtype="hadamard-int2")
     config.parallel_config.enable_dbo = True
@@ -306,3 +354,25 @@ def test_unknown_dtype_is_still_refused_by_vllm(model):
 
 def test_other_dtypes_need_no_rotation(model):
     assert configure(model, dtype="auto").cache_config.cache_dtype in ("auto", "float32", "bfloat16")
+
+
+@on_cpu
+@pytest.mark.parametrize("tokens", [128, 2048])
+def test_eviction_is_turned_on_by_its_settings(model, tokens):
+    """A connector of ours, and no step longer than a block, whatever else is in it."""
+    config = configure(model, "hadamard-int2", EPISODIC, max_num_batched_tokens=tokens, max_num_seqs=4)
+    assert config.kv_transfer_config.kv_connector == "EvictionConnector"
+    assert checks.evicts(config)
+    assert config.scheduler_config.long_prefill_token_threshold == min(tokens, 256)
+    assert checks.eviction_defaults(config).block_tokens == min(tokens, 256)
+    plain = configure(model, "hadamard-int2")
+    assert plain.kv_transfer_config is None and not checks.evicts(plain)
+
+
+@on_cpu
+@pytest.mark.parametrize("settings", [None, EPISODIC])
+def test_other_connectors_are_refused(model, settings):
+    from vllm.config import KVTransferConfig
+
+    other = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    refused(model, "remove --kv-transfer-config", dtype="hadamard-int2", settings=settings, kv_transfer_config=other)

@@ -268,3 +268,27 @@ def test_capacity_seam():
     assert parameters(get_kv_quant_mode) == ["kv_cache_dtype"]
     names = {field.name for field in dataclasses.fields(FullAttentionSpec)}
     assert {"block_size", "num_kv_heads", "head_size", "dtype", "kv_quant_mode"} <= names
+
+
+def test_eviction_seams():
+    """What evicting requests lean on: the step's budget, the request check, the loader, the connector's hooks."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    source = inspect.getsource(inspect.unwrap(Scheduler.schedule))
+    assert "token_budget = self.max_num_scheduled_tokens" in source
+    assert "long_prefill_token_threshold" in source
+    assert len(inspect.signature(Scheduler.get_request_counts).parameters) == 1
+    assert parameters(inspect.unwrap(InputProcessor._validate_params))[:2] == ["self", "params"]
+    assert parameters(inspect.unwrap(BaseModelLoader.load_model))[1:3] == ["vllm_config", "model_config"]
+    for hook in ("on_new_request", "bind_kv_cache_manager", "build_connector_meta", "request_finished"):
+        assert hasattr(KVConnectorBase_V1, hook)
+    # Called for a request that has finished too, once more (PageManager.end_eviction).
+    assert "remove_skipped_blocks" in inspect.getsource(Scheduler._connector_finished)
+    assert parameters(FullAttentionManager.remove_skipped_blocks)[2:] == [
+        "processed_computed_tokens",
+        "num_prompt_tokens",
+    ]

@@ -13,12 +13,14 @@ import torch
 
 from vllm_kvcompress import compat, rotations, sliding
 from vllm_kvcompress.config import KernelSetting, Settings, load_settings
+from vllm_kvcompress.episodic import request
 from vllm_kvcompress.errors import KVCompressError, UnsupportedModelError
 from vllm_kvcompress.formats import PageFormat, get_format, is_ours
 from vllm_kvcompress.formats.base import PAGE_TOKENS
 from vllm_kvcompress.kernels.selection import MAX_DECODE_QUERY_LEN, Case, choose_path
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
     from vllm.config import VllmConfig
 
 logger = logging.getLogger("vllm.kvcompress")
@@ -90,6 +92,8 @@ def check_config(vllm_config: VllmConfig) -> None:
     """
     if vllm_config.model_config is None or not is_ours(vllm_config.cache_config.cache_dtype):
         return
+    if load_settings(vllm_config.additional_config).episodic is not None:
+        _turn_on_eviction(vllm_config)
     for reason in unsupported_reasons(vllm_config):
         raise UnsupportedModelError(
             f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}: {reason}. Otherwise use --kv-cache-dtype auto."
@@ -117,6 +121,95 @@ def check_config(vllm_config: VllmConfig) -> None:
         "GPU kernels" if path == "gpu" else "torch",
         reason,
     )
+
+
+_CONNECTOR_MODULE = "vllm_kvcompress.episodic.connector"
+
+
+def _turn_on_eviction(vllm_config: VllmConfig) -> None:
+    """Evicting requests need our connector, and steps no longer than a block.
+
+    Raises:
+        UnsupportedModelError: what eviction does not go with yet.
+    """
+    from vllm.config import KVTransferConfig
+
+    episodic = load_settings(vllm_config.additional_config).episodic
+    assert episodic is not None
+    scheduler, parallel, model_config = (
+        vllm_config.scheduler_config, vllm_config.parallel_config, vllm_config.model_config,
+    )  # fmt: skip
+    total = model_config.get_total_num_hidden_layers()
+    own = vllm_config.kv_transfer_config
+    text_config: Any = model_config.hf_text_config
+    for wrong, reason in (
+        (vllm_config.device_config.device_type != "cpu", "eviction runs on the CPU only so far"),
+        (
+            own is not None and own.kv_connector_module_path != _CONNECTOR_MODULE,
+            "eviction is a KV connector and there can be one; remove --kv-transfer-config and --kv-offloading-size",
+        ),
+        (
+            len(sliding.full_attention_layers(text_config, total)) < total,
+            "eviction does not support models with sliding-window layers",
+        ),
+        (
+            episodic.policy not in request.OFFERED,
+            f"eviction in the engine knows the policies {', '.join(request.OFFERED)}, not {episodic.policy}",
+        ),
+        (parallel.pipeline_parallel_size > 1, "eviction does not support pipeline parallelism"),
+        (vllm_config.speculative_config is not None, "eviction does not go with speculative decoding"),
+        (vllm_config.lora_config is not None, "eviction does not go with LoRA"),
+    ):
+        if wrong:
+            raise UnsupportedModelError(f'{reason}. Otherwise remove "episodic" from the kvcompress settings.')
+    if own is None:
+        vllm_config.kv_transfer_config = KVTransferConfig(
+            kv_connector="EvictionConnector", kv_connector_module_path=_CONNECTOR_MODULE, kv_role="kv_both"
+        )
+    compat.add_http_middleware("vllm_kvcompress.serving.middleware.EpisodicMiddleware")
+    longest = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
+    scheduler.long_prefill_token_threshold = min(longest, episodic.block_tokens)
+    scheduler.long_prefill_token_threshold_adaptive = False  # it would let steps grow past a block
+
+
+def evicts(vllm_config: VllmConfig) -> bool:
+    """Whether requests of this engine may evict."""
+    transfer = vllm_config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector_module_path == _CONNECTOR_MODULE
+
+
+def eviction_defaults(vllm_config: VllmConfig) -> request.Defaults:
+    """What requests that evict get where they say nothing. Only for engines with episodic settings."""
+    resolved, episodic = resolve(vllm_config), load_settings(vllm_config.additional_config).episodic
+    assert episodic is not None
+    return request.Defaults(
+        policy=episodic.policy,
+        block_tokens=min(episodic.block_tokens, vllm_config.scheduler_config.max_num_batched_tokens),
+        page_tokens=_page_tokens(vllm_config),
+        sink_tokens=resolved.sink_tokens,
+        recent_tokens=resolved.recent_tokens,
+        vocabulary=vllm_config.model_config.get_vocab_size(),
+        max_model_len=vllm_config.model_config.max_model_len,
+    )
+
+
+def check_request(vllm_config: VllmConfig, params: SamplingParams) -> None:
+    """Refuse a request whose arguments for us cannot be served; the engine core would not survive them.
+
+    Raises:
+        KVCompressError: with the argument, its value and what to do.
+    """
+    ours = [name for name in params.extra_args or () if name.startswith(request.PREFIX)]
+    if not ours:
+        return
+    if not is_ours(vllm_config.cache_config.cache_dtype) or (
+        load_settings(vllm_config.additional_config).episodic is None
+    ):
+        raise KVCompressError(
+            f"{ours[0]} needs a server that evicts: start it with a --kv-cache-dtype of kvcompress and "
+            '--additional-config \'{"kvcompress": {"episodic": {"budget": 4096}}}\''
+        )
+    request.parse(params.extra_args, eviction_defaults(vllm_config))
 
 
 def _keep_sliding_windows(vllm_config: VllmConfig) -> None:
@@ -219,7 +312,8 @@ def unsupported_reasons(vllm_config: VllmConfig) -> list[str]:
             f"speculative decoding {drafts}; remove --speculative-config",
         ),
         (
-            vllm_config.kv_transfer_config is not None,
+            vllm_config.kv_transfer_config is not None
+            and vllm_config.kv_transfer_config.kv_connector_module_path != _CONNECTOR_MODULE,
             "KV connectors are not supported yet; remove --kv-transfer-config and --kv-offloading-size",
         ),
         (

@@ -17,6 +17,7 @@ _COMMANDS = {
     "import-zoo": "vllm_kvcompress.rotations.import_command",
     "plan": "vllm_kvcompress.capacity.command",
     "eval": "vllm_kvcompress.evaluation.command",
+    "eval-conversations": "vllm_kvcompress.evaluation.conversation_command",
     "demo": "vllm_kvcompress.demo.command",
 }
 

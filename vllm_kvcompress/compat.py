@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import sys
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -187,6 +189,121 @@ def register_cache_spec(spec: type, manager: type) -> None:
 
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)
+
+
+def wrap_lone_prefills(applies: Callable[[Any], bool]) -> None:
+    """Keep a lone request's steps to `long_prefill_token_threshold` too, where `applies(vllm_config)`.
+
+    0.32, 0.33: vllm/v1/core/sched/scheduler.py, `Scheduler.schedule` drops the threshold when there is only one
+    request, for there is nobody to starve; its step's budget is then what bounds it.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    scheduler_class: Any = Scheduler
+    original = scheduler_class.schedule
+    if getattr(original, "_kvcompress", False):
+        return
+
+    @functools.wraps(original)
+    def schedule(self, *args, **kwargs):
+        threshold, budget = self.scheduler_config.long_prefill_token_threshold, self.max_num_scheduled_tokens
+        if not 0 < threshold < budget or sum(self.get_request_counts()) != 1 or not applies(self.vllm_config):
+            return original(self, *args, **kwargs)
+        self.max_num_scheduled_tokens = threshold
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.max_num_scheduled_tokens = budget
+
+    schedule._kvcompress = True  # type: ignore[attr-defined]
+    scheduler_class.schedule = schedule
+
+
+def watch_loaded_models() -> None:
+    """Remember the model of every configuration (`loaded_model`): a KV connector is not given it.
+
+    0.32, 0.33: `BaseModelLoader.load_model`, through which both model runners load. Drafts have another model_config.
+    """
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    loader: Any = BaseModelLoader
+    original = loader.load_model
+    if getattr(original, "_kvcompress", False):
+        return
+
+    @functools.wraps(original)
+    def load_model(self, vllm_config, model_config, *args, **kwargs):
+        model = original(self, vllm_config, model_config, *args, **kwargs)
+        if model_config is vllm_config.model_config:
+            _models[vllm_config.instance_id] = weakref.ref(model)
+        return model
+
+    load_model._kvcompress = True  # type: ignore[attr-defined]
+    loader.load_model = load_model
+
+
+_models: dict[str, weakref.ref] = {}
+
+
+def loaded_model(vllm_config: Any) -> Any:
+    """The model of this process that was loaded for a configuration."""
+    model = _models[vllm_config.instance_id]()
+    assert model is not None
+    return model
+
+
+def wrap_request_check(check: Callable[[Any, Any], None]) -> None:
+    """Run `check(vllm_config, sampling_params)` on every generation request, before it reaches the engine core.
+
+    What it refuses is the client's error (HTTP 400); in the engine core it would end the engine.
+
+    0.32, 0.33: vllm/v1/engine/input_processor.py, `InputProcessor._validate_params`. `AsyncLLM.generate` makes a 500
+    of any exception but vLLM's own of client errors; offline it stays a ValueError.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    processor: Any = InputProcessor
+    original = processor._validate_params
+    if getattr(original, "_kvcompress", False):
+        return
+
+    class BadRequestError(VLLMValidationError, ValueError):
+        pass
+
+    @functools.wraps(original)
+    def _validate_params(self, params, *args, **kwargs):
+        if isinstance(params, SamplingParams):
+            try:
+                check(self.vllm_config, params)
+            except KVCompressError as error:
+                raise BadRequestError(str(error)) from error
+        return original(self, params, *args, **kwargs)
+
+    _validate_params._kvcompress = True  # type: ignore[attr-defined]
+    processor._validate_params = _validate_params
+
+
+def add_http_middleware(path: str) -> None:
+    """Have the API server of this process, if it is one, add an ASGI middleware by its qualified name.
+
+    0.32, 0.33: vllm/entrypoints/launchers/app.py, `init_entrypoints_middleware(args, ...)`, which reads --middleware.
+    `vllm.endpoint_plugins` would need VLLM_PLUGINS in the environment too, and adds routes, not middlewares.
+    """
+    module: Any = sys.modules.get("vllm.entrypoints.launchers.app")
+    if module is None or getattr(module.init_entrypoints_middleware, "_kvcompress", False):
+        return
+    original = module.init_entrypoints_middleware
+
+    @functools.wraps(original)
+    def init_entrypoints_middleware(args, *more, **kwargs):
+        if path not in args.middleware:
+            args.middleware = [*args.middleware, path]
+        return original(args, *more, **kwargs)
+
+    init_entrypoints_middleware._kvcompress = True  # type: ignore[attr-defined]
+    module.init_entrypoints_middleware = init_entrypoints_middleware
 
 
 DEFAULT_BLOCK_SIZES = {"gpu": 16, "cpu": 128}

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_kvcompress import recipes
+from vllm_kvcompress.episodic.settings import EpisodicSettings
 from vllm_kvcompress.errors import KVCompressError
 
 NAMESPACE = "kvcompress"
@@ -27,7 +29,14 @@ class Settings(BaseModel):
     rotation: Path | None = Field(None, description="rotation file; default: beside the model, then the user cache")
     sink_tokens: int | None = Field(None, ge=0, le=65536, description="first tokens kept in 16 bits (default 64)")
     recent_tokens: int | None = Field(None, ge=0, le=65536, description="last tokens kept in 16 bits (default 256)")
+    episodic: EpisodicSettings | None = Field(None, description="eviction under a fixed budget of tokens a request")
     kernels: KernelSetting = Field("auto", description="auto: CUDA where it can, else Triton; torch on the CPU")
+
+    @field_validator("episodic", mode="before")
+    @classmethod
+    def _from_environment(cls, value: Any) -> Any:
+        """VLLM_KVCOMPRESS_EPISODIC holds JSON."""
+        return json.loads(value) if isinstance(value, str) else value
 
     def windows(self, model: str) -> tuple[int, int]:
         """(sink_tokens, recent_tokens), each from here or else from the model's recipe."""

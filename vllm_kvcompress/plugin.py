@@ -18,6 +18,9 @@ def register() -> None:
     compat.wrap_attention_backend_choice(formats.is_ours, _backend_path)
     compat.wrap_config_check(_check_config)
     compat.wrap_block_size_choice(formats.is_ours, _align_pages)
+    compat.wrap_request_check(_check_request)
+    compat.wrap_lone_prefills(_evicts)
+    compat.watch_loaded_models()
     _registered = True
 
 
@@ -31,6 +34,18 @@ def _check_config(vllm_config) -> None:
     from vllm_kvcompress.checks import check_config
 
     check_config(vllm_config)
+
+
+def _check_request(vllm_config, sampling_params) -> None:
+    from vllm_kvcompress.checks import check_request
+
+    check_request(vllm_config, sampling_params)
+
+
+def _evicts(vllm_config) -> bool:
+    from vllm_kvcompress.checks import evicts
+
+    return evicts(vllm_config)
 
 
 def _align_pages(vllm_config) -> None:

@@ -238,6 +238,7 @@ def test_admission_asks_for_the_peak():
 class FakeRequest:
     def __init__(self, hashes):
         self.request_id, self.block_hashes, self.shared_prefix_boundary = "r", hashes, None
+        self.sampling_params = None
 
 
 def hashes(count):

@@ -2,6 +2,7 @@
 """Runs rounds of token prompts through a real engine in this process and prints what happened as one line of JSON.
 
     python engine_runner.py '{"engine": {...LLM arguments...}, "rounds": [{"prompts": [[...]], "sampling": {...}}]}'
+    python engine_runner.py @file
 
 A process of its own per engine, with the engine core and worker inside it, so that a test can look at the allocated
 pages and at the block pool, and so that a crash is a test's failure and not the suite's.
@@ -10,12 +11,14 @@ pages and at the block pool, and so that a crash is a test's failure and not the
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 def main() -> None:
-    job = json.loads(sys.argv[1])
+    given = sys.argv[1]
+    job = json.loads(Path(given[1:]).read_text() if given.startswith("@") else given)
     from vllm import LLM, SamplingParams
 
     llm = LLM(**{"enforce_eager": True, "disable_log_stats": False, **job["engine"]})
@@ -27,14 +30,29 @@ def main() -> None:
     report["num_blocks"], report["free_before"] = pool.num_gpu_blocks, pool.get_num_free_blocks()
     preemptions = count_preemptions(core.scheduler)
     lowest = watch_pool(pool)
+    peaks = watch_pages(core.scheduler)
+    if job.get("poison"):
+        poison_evicted_pages(core)
+    last_position = watch_positions(core)
     for round_ in job["rounds"]:
         if round_.get("evict_windows"):
             evict_windows(pool)
-        sampling = SamplingParams(**round_["sampling"])
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in round_["prompts"]], sampling, use_tqdm=False)
+        peaks.clear()
+        extra_args = round_.get("extra_args") or [None] * len(round_["prompts"])
+        sampling = [SamplingParams(**round_["sampling"], extra_args=extra) for extra in extra_args]
+        prompts = [{"prompt_token_ids": prompt} for prompt in round_["prompts"]]
+        if round_.get("abort_after") is not None:
+            report["rounds"].append(abort(llm.llm_engine, prompts, sampling, round_["abort_after"], pool))
+            continue
+        try:
+            outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        except ValueError as error:
+            report["rounds"].append({"error": str(error), "type": type(error).__name__})
+            continue
         report["rounds"].append(
             [
                 {
+                    "peak_pages": peaks.get(output.request_id.split("-")[0]),
                     "tokens": list(output.outputs[0].token_ids),
                     "cached": output.num_cached_tokens,
                     "prompt_logprobs": chosen(output.prompt_logprobs, output.prompt_token_ids),
@@ -43,7 +61,7 @@ def main() -> None:
                 for output in outputs
             ]
         )
-    report["preemptions"] = preemptions[0]
+    report["preemptions"], report["last_position"] = preemptions[0], last_position[0]
     report["free_after"], report["lowest_free"] = pool.get_num_free_blocks(), lowest[0]
     print("REPORT " + json.dumps(report))
 
@@ -91,6 +109,78 @@ def watch_pool(pool) -> list[int]:
 
     pool.get_new_blocks = get_new_blocks
     return lowest
+
+
+def watch_pages(scheduler) -> dict[str, int]:
+    """Most pages, null ones aside, that each request held after any step was scheduled; who holds a page is checked.
+
+    Request ids without the random part that vLLM appends to them.
+    """
+    peaks, original = {}, scheduler.schedule
+    manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+
+    def schedule(*args, **kwargs):
+        output = original(*args, **kwargs)
+        holders = {}
+        for request_id, blocks in manager.req_to_blocks.items():
+            held = [block for block in blocks if not block.is_null]
+            for block in held:
+                holders.setdefault(block.block_id, []).append(request_id)
+                assert block.ref_cnt >= len(holders[block.block_id]), "a page of two owners that counts one"
+            name = request_id.split("-")[0]
+            peaks[name] = max(peaks.get(name, 0), len(held))
+            if request_id in getattr(manager, "_states", {}):
+                assert all(block.ref_cnt == 1 and block.block_hash is None for block in held), "shared or published"
+        return output
+
+    scheduler.schedule = schedule
+    return peaks
+
+
+def watch_positions(core) -> list[int]:
+    """Largest position that the model was ever run with."""
+    last = [0]
+
+    def look(module, args, kwargs):
+        last[0] = max(last[0], int(kwargs["positions"].max()))
+
+    core.model_executor.driver_worker.worker.model_runner.model.register_forward_pre_hook(look, with_kwargs=True)
+    return last
+
+
+def poison_evicted_pages(core) -> None:
+    """Fill pages with 0xFF, NaN as a scale, from the moment that they are evicted: who reads them gives NaN."""
+    from vllm_kvcompress.episodic.connector import EvictionConnector
+
+    original = EvictionConnector.start_load_kv
+    context = core.model_executor.driver_worker.worker.model_runner.compilation_config.static_forward_context
+
+    def start_load_kv(self, forward_context, **kwargs):
+        original(self, forward_context, **kwargs)
+        for order in self._get_connector_metadata().orders:
+            freed = order.tables[order.group][order.begin : order.end]
+            for name in self._worker._groups[order.group][1]:
+                context[name].kv_cache[freed] = 0xFF
+
+    EvictionConnector.start_load_kv = start_load_kv
+
+
+def abort(engine, prompts, sampling, steps, pool) -> dict:
+    """Begin requests, end them after so many steps, and one step later see what they left behind."""
+    names = [f"abort{index}" for index in range(len(prompts))]
+    for name, prompt, params in zip(names, prompts, sampling, strict=True):
+        engine.add_request(name, prompt, params)
+    for _ in range(steps):
+        engine.step()
+    held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+    unfinished = engine.has_unfinished_requests()
+    engine.abort_request(names)
+    engine.step()
+    return {
+        "held": held,
+        "unfinished": unfinished,
+        "free": pool.get_num_free_blocks(),
+    }
 
 
 def evict_windows(pool) -> None:

@@ -198,7 +198,7 @@ def test_page_bytes_on_the_allocated_tensor(request, name):
         assert cache["shape"] == [report["num_blocks"], heads, tokens, width]
     page = layers * heads * layout.head_bytes
     assert 0 <= (64 << 20) - report["num_blocks"] * page < page, "what is left is less than one page"
-    assert report["managers"] == ["FullAttentionManager", "WindowManager"]
+    assert report["managers"] == ["PageManager", "WindowManager"]
 
 
 def test_fewer_bits_differ_more(tiny_model):

@@ -115,3 +115,10 @@ def test_prompt_over_the_limit_is_a_400_and_the_server_lives(client, server):
         client.completions.create(model=server[1], prompt="word " * (2 * MAX_LEN), max_tokens=4)
     assert caught.value.status_code == 400
     assert chat(client, server).choices[0].message.content
+
+
+def test_eviction_where_the_server_does_not_is_a_400_and_the_server_lives(client, server):
+    with pytest.raises(openai.BadRequestError, match="kvcompress_budget needs a server that evicts") as caught:
+        chat(client, server, extra_body={"vllm_xargs": {"kvcompress_budget": 4096}})
+    assert caught.value.status_code == 400
+    assert chat(client, server).choices[0].message.content

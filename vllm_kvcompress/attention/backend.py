@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvcompress.attention.gpu_metadata import (
@@ -26,6 +26,7 @@ from vllm_kvcompress.attention.gpu_metadata import (
     make_metadata,
     max_varlen_query_len,
 )
+from vllm_kvcompress.attention.pages import PageSpec
 from vllm_kvcompress.attention.plan import StepPlan, make_plan
 from vllm_kvcompress.attention.window_layer import WindowMetadata
 from vllm_kvcompress.checks import kernel_path, resolve
@@ -135,13 +136,14 @@ class KVCompressBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        return False
+        return True  # our own (`episodic.connector`); others are refused at start
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Pages of our bytes: vLLM allocates heads x tokens x `bytes_per_token`, whose inside is ours."""
         layout = cls.page_format.layout(spec.head_size, spec.block_size)
-        return replace(spec, state_content_bytes=layout.bytes_per_token)
+        assert isinstance(spec, FullAttentionSpec)
+        return replace(PageSpec.of(spec), state_content_bytes=layout.bytes_per_token)
 
     @staticmethod
     def get_impl_cls():

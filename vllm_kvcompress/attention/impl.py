@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +26,14 @@ from vllm_kvcompress.attention.window_layer import WindowLayer, WindowMetadata
 from vllm_kvcompress.checks import kernel_case, kernel_path, resolve
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.formats.base import PageLayout, page_fields, sketch_matrix
-from vllm_kvcompress.kernels import torch_attention
+from vllm_kvcompress.kernels import compaction, torch_attention
 from vllm_kvcompress.kernels.selection import choose_decode
 from vllm_kvcompress.quantizers.hadamard import hadamard
 from vllm_kvcompress.quantizers.random_rotation import split_rotation
 
 if TYPE_CHECKING:
     from vllm_kvcompress.attention.gpu import GpuAttention, LayerConstants
+    from vllm_kvcompress.episodic.policies import Policy
 
 logger = logging.getLogger("vllm.kvcompress")
 
@@ -104,6 +106,8 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         self._clip_v: torch.Tensor | float = self._resolved.page_format.clip_v
         self._chooses_outliers = False
         """Whether the next tokens stored settle which channels are outliers"""
+        self.observe: Callable[[torch.Tensor], None] | None = None
+        """Sees the step's queries [T, Hq, D] where set: a guide prompt's score what a request may forget"""
         self._gpu: GpuAttention | None = None
         """None: the torch path serves"""
         self._layer: AttentionLayerBase | None = None
@@ -303,6 +307,8 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             if self._gpu is not None:
                 self._prepare_gpu(self._gpu)
             return output.zero_()
+        if self.observe is not None:
+            self.observe(query)
         windows: WindowMetadata | None = None
         window_cache: torch.Tensor | None = None
         if self._window is not None:
@@ -338,6 +344,48 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             pages, layout, plan, k_cache, v_cache, self._clip_k, self._clip_v, window_cache, self._window_dtype
         )
         return output
+
+    def compact(
+        self,
+        kv_cache: torch.Tensor,
+        table: torch.Tensor,
+        num_slots: int,
+        *,
+        num_sources: int,
+        targets: torch.Tensor,
+        policy: Policy,
+        protected_tokens: int,
+        queries: torch.Tensor | None,
+        is_first: bool,
+    ) -> None:
+        """Evict from one request's pages, in place (`compaction.compact`).
+
+        Args:
+            kv_cache: as for `forward`.
+            queries: [Q, Hq, D] in the model's dtype, or None.
+        """
+        layout = self._resolved.page_format.layout(self.head_size, kv_cache.shape[2])
+        offset = self._k_mean
+        if self._k_rotation is not None:
+            if offset is not None:
+                offset = torch.einsum("hd,hde->he", offset.float(), self._k_rotation)
+            if queries is not None:
+                grouped = queries.float().unflatten(1, (self.num_kv_heads, -1))
+                queries = torch.einsum("thgd,hde->thge", grouped, self._k_rotation).flatten(1, 2)
+        compaction.compact(
+            kv_cache.view(torch.uint8).flatten(2),
+            layout,
+            table,
+            num_slots,
+            num_sources,
+            targets,
+            policy,
+            protected_tokens,
+            queries,
+            offset,
+            self.scale,
+            is_first,
+        )
 
     def _prepare_gpu(self, gpu: GpuAttention) -> None:
         """In vLLM's profiling run: claim the scratch memory while it is counted, compile every kernel once."""

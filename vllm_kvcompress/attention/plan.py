@@ -135,7 +135,9 @@ def _read_group(
     longest = int(history[requests.cpu()].max())
     num_pages = -(-longest // page_tokens)
     positions = torch.arange(num_pages * page_tokens, device=device)
-    in_pages = positions < lengths.unsqueeze(1)
+    table = metadata.block_table[requests][:, :num_pages].long()
+    # Null pages are evicted ones: their tokens are not read at all.
+    in_pages = (positions < lengths.unsqueeze(1)) & (table != 0).repeat_interleave(page_tokens, dim=1)
 
     if windows is None:
         window_blocks = window_offsets = tokens.new_empty(len(requests), 0)
@@ -143,8 +145,7 @@ def _read_group(
     else:
         window_positions, window_mask = _window_positions(metadata, lengths, longest)
         block_index = window_positions // windows.block_size
-        table = windows.block_table[requests].long()
-        window_blocks = table.gather(1, block_index) * window_mask
+        window_blocks = windows.block_table[requests].long().gather(1, block_index) * window_mask
         window_mask = window_blocks > 0
         window_offsets = window_positions % windows.block_size
         rows = torch.arange(len(requests), device=device).unsqueeze(1).expand_as(window_mask)
@@ -154,7 +155,7 @@ def _read_group(
     # Pages read only in 16 bits are skipped; the rest move to the front so that the batch stays rectangular.
     kept = int(needed.sum(1).max()) if num_pages else 0
     order = needed.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]
-    pages = metadata.block_table[requests][:, :num_pages].long().gather(1, order) * needed.gather(1, order)
+    pages = table.gather(1, order) * needed.gather(1, order)
     page_mask = in_pages.view(len(requests), num_pages, page_tokens)
     page_mask = page_mask.gather(1, order.unsqueeze(-1).expand(-1, -1, page_tokens)).flatten(1)
     complete = bool(window_mask.all())

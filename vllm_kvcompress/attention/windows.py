@@ -20,8 +20,11 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
+from vllm.v1.request import Request
 
 from vllm_kvcompress import compat
+from vllm_kvcompress.attention.adoption import AdoptsBlocks
+from vllm_kvcompress.episodic.request import is_private
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,7 @@ def make_window_spec(
     )
 
 
-class WindowManager(SlidingWindowManager):
+class WindowManager(AdoptsBlocks, SlidingWindowManager):
     """Keeps sinks and the sliding window; see `WindowSpec` for the arithmetic."""
 
     kv_cache_spec: WindowSpec
@@ -147,6 +150,11 @@ class WindowManager(SlidingWindowManager):
         """Cache every block that exists: sinks and the window at any boundary can serve a hit."""
         return None
 
+    def cache_blocks(self, request: Request, *args, **kwargs) -> None:
+        """Not of requests that evict: their tokens have seen less than the same ones elsewhere."""
+        if not is_private(request):
+            super().cache_blocks(request, *args, **kwargs)
+
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Always 0: what may be skipped is decided block by block (`WindowSpec.is_kept`)."""
         return 0
@@ -163,7 +171,7 @@ class WindowManager(SlidingWindowManager):
         prefill_end: int = 0,
     ) -> int:
         """Blocks that `allocate_new_blocks` will take from the pool, plus cached ones that a hit takes back from it."""
-        held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
+        held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks) + self.offered(request_id)
         if not new_computed_blocks and not apply_admission_cap and held * self.block_size >= num_tokens:
             return 0  # most steps of a decode
         wanted = len(self._blocks_to_allocate(held, num_tokens, num_tokens_main_model))

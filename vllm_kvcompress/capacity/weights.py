@@ -11,8 +11,8 @@ from typing import Any
 
 from vllm_kvcompress import rotations
 from vllm_kvcompress.errors import KVCompressError
+from vllm_kvcompress.weight_files import SINGLE_FILE, read_index
 
-_INDEX = "model.safetensors.index.json"
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _MAX_HEADER_BYTES = 256 << 20
 _WAY_OUT = "Say how large they are with --weights SIZE"
@@ -78,16 +78,13 @@ def weight_bytes(model: str, folder: Path, itemsize: int | None) -> int:
 
 def _listed(folder: Path) -> tuple[int | None, list[Path]]:
     """(bytes that the index states, files with the weights, there or not)."""
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            content = json.loads(index.read_text(encoding="utf-8"))
-            names = sorted(set(content["weight_map"].values()))
-            stated = (content.get("metadata") or {}).get("total_size")
-            return None if stated is None else int(stated), [folder / name for name in names]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise KVCompressError(f"{index} cannot be read: {error!r}. {_WAY_OUT}") from None
-    single = folder / "model.safetensors"
+    try:
+        index = read_index(folder)
+    except KVCompressError as error:
+        raise KVCompressError(f"{error}. {_WAY_OUT}") from None
+    if index is not None:
+        return index.total_size, index.files
+    single = folder / SINGLE_FILE
     return None, [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 

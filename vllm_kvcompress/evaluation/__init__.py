@@ -30,5 +30,6 @@ function.
 
 Modules: `specs` what to run; `text`, `recall`, `prompts` what to feed and `plan` how much of it at each context;
 `stress` the copy of the model; `launch` the process, `engine` and `recorder` the run inside it; `metrics` figures and
-intervals; `report` table, JSON and PNG; `command` the command line.
+intervals; `report` table, JSON and PNG; `command` the command line; `model_files` and `arguments` what it shares with
+`kvcompress eval-conversations`, whose modules begin with `conversation`; `locomo` and `routing` are its data.
 """

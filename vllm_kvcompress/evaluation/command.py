@@ -16,24 +16,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 import tempfile
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_kvcompress.errors import KVCompressError
 from vllm_kvcompress.evaluation import launch, recall, report, stress, text
+from vllm_kvcompress.evaluation.arguments import json_object, numbers
 from vllm_kvcompress.evaluation.engine import Job, engine_arguments
 from vllm_kvcompress.evaluation.metrics import text_figures
+from vllm_kvcompress.evaluation.model_files import check_limit, load_model_files, sufficient_kv_bytes
 from vllm_kvcompress.evaluation.plan import Plan, Sizes, pair_sizes
 from vllm_kvcompress.evaluation.prompts import Prompt
 from vllm_kvcompress.evaluation.specs import FormatSpec, parse_formats
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 SUMMARY = "measure perplexity, KL, top-1 agreement and recall of page formats against auto"
 
@@ -55,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     skip = "leave out this first part, e.g. what calibration has seen (default %(default)s)"
     parser.add_argument("--skip-fraction", type=float, default=0.6, metavar="F", help=skip)
     contexts = "tokens a chunk; several (2048,8192) are measured one after the other (default %(default)s)"
-    parser.add_argument("--context", type=_numbers, default="1024", metavar="N[,N...]", help=contexts)
+    parser.add_argument("--context", type=numbers, default="1024", metavar="N[,N...]", help=contexts)
     each = "one number, or one for each context"
     chunks = f"chunks of text: {each} (default %(default)s)"
-    parser.add_argument("--chunks", type=_numbers, default="8", metavar="N[,N...]", help=chunks)
+    parser.add_argument("--chunks", type=numbers, default="8", metavar="N[,N...]", help=chunks)
     parser.add_argument(
         "--feed",
         type=int,
@@ -78,14 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "measure past windows of these sizes even if no format has such, so that runs of different formats compare "
         "(default: the largest among the formats)"
     )
-    windows.add_argument("--past-windows", type=_numbers, default=[0, 0], metavar="S,R", help=past)
+    windows.add_argument("--past-windows", type=numbers, default=[0, 0], metavar="S,R", help=past)
     windows.add_argument("--rotation", metavar="FILE", help="rotation file (default: where the engine looks)")
-    windows.add_argument("--additional-config", type=_json_object, default={}, metavar="JSON", help="as vLLM's")
+    windows.add_argument("--additional-config", type=json_object, default={}, metavar="JSON", help="as vLLM's")
     probe = parser.add_argument_group("verbatim-quote recall probe")
     depths = f"distances tried, 0 = no probe: {each} (default %(default)s)"
-    probe.add_argument("--recall-depths", type=_numbers, default="4", metavar="N[,N...]", help=depths)
+    probe.add_argument("--recall-depths", type=numbers, default="4", metavar="N[,N...]", help=depths)
     sentences = f"sentences a distance: {each} (default %(default)s)"
-    probe.add_argument("--recall-sentences", type=_numbers, default="3", metavar="N[,N...]", help=sentences)
+    probe.add_argument("--recall-sentences", type=numbers, default="3", metavar="N[,N...]", help=sentences)
     engine = parser.add_argument_group("engine")
     engine.add_argument("--dtype", default="auto", help="model dtype (default %(default)s)")
     head = "dtype of the logits; a quantised output head needs `model` (default %(default)s)"
@@ -98,26 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "if gpu_memory_utilization in --engine-args leaves room for the others (default %(default)s)"
     )
     engine.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs)
-    engine.add_argument("--engine-args", type=_json_object, default={}, metavar="JSON", help=more)
+    engine.add_argument("--engine-args", type=json_object, default={}, metavar="JSON", help=more)
     parser.add_argument("--seed", type=int, default=0, help="of sentences, bootstrap, stress (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("kvcompress-eval"), metavar="DIR", help="default: %(default)s")
-
-
-def _numbers(value: str) -> list[int]:
-    try:
-        return [int(number) for number in value.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"not a number or comma-separated numbers: {value!r}") from None
-
-
-def _json_object(value: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise argparse.ArgumentTypeError("must be a JSON object")
-    return parsed
 
 
 def run(args: argparse.Namespace) -> int:
@@ -144,9 +125,9 @@ def run(args: argparse.Namespace) -> int:
         )
     # Before anything slow: a missing file should not be found out after loading a tokenizer.
     skipped, source = text.read_text(args.data, args.skip_fraction)
-    model_config, tokenizer = _load_model_files(args)
+    model_config, tokenizer = load_model_files(args.model, args.engine_args)
     config = model_config.get_text_config()
-    _check_limit(largest, config)
+    check_limit("--context", largest, config)
     stressed = None
     if factor is not None:
         stressed = stress.plan_stress(args.model, factor, seed=args.seed, config=model_config)
@@ -168,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     outcome = report.Report(settings, [], notes)
-    kv_bytes = args.kv_bytes or _kv_bytes(config, largest)
+    kv_bytes = args.kv_bytes or sufficient_kv_bytes(config, largest)
     with tempfile.TemporaryDirectory(prefix="kvcompress-eval-") as scratch:
         model = args.model
         if stressed is not None:
@@ -296,32 +277,6 @@ def _check_numbers(args: argparse.Namespace) -> None:
         for value in given if isinstance(given, list) else [given]:
             if value is not None and value < low:
                 raise KVCompressError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
-
-
-def _load_model_files(args: argparse.Namespace) -> tuple[PretrainedConfig, Any]:
-    from transformers import AutoConfig, AutoTokenizer
-
-    trust = bool(args.engine_args.get("trust_remote_code", False))
-    try:
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=trust)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise KVCompressError(f"cannot load {args.model}: {error}") from None
-    return config, tokenizer
-
-
-def _check_limit(context: int, config: PretrainedConfig) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and context > limit:
-        raise KVCompressError(f"--context {context} is beyond the model's limit of {limit} tokens")
-
-
-def _kv_bytes(config: PretrainedConfig, context: int) -> int:
-    """KV cache for one chunk, generously: 16-bit pages, companion windows and rounding up to whole pages fit thrice."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_per_token = 2 * 2 * config.num_hidden_layers * heads * head_dim
-    return max(256 << 20, 3 * bytes_per_token * (context + 1024))
 
 
 def _notes(args: argparse.Namespace, specs: list[FormatSpec], windows: dict[str, tuple[int, int]]) -> list[str]:

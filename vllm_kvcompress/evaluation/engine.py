@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,17 @@ from vllm_kvcompress.errors import KVCompressError
 _POLL_SECONDS = 0.05
 
 
-class Job(BaseModel):
-    """What one engine process does. Files of one prompt carry its index."""
+class EngineJob(BaseModel):
+    """What the process of an engine is told, and the files by which it answers."""
 
     model_config = ConfigDict(extra="forbid")
 
     folder: Path
-    """Where prompts.json lies, and results, summary.json or error.txt go."""
-    reference_folder: Path | None
-    """The reference's folder; None when this is the reference. It may still be filling."""
-    feed: int
+    """Where what is to be fed lies, and results, summary.json or error.txt go."""
     engine_args: dict[str, Any]
     """Keyword arguments of vllm.LLM."""
     parent: int = Field(default_factory=os.getpid)
     """Who wants the results: the process that makes the job and starts its engine."""
-
-    def result_file(self, index: int) -> Path:
-        return self.folder / f"prompt{index}.safetensors"
 
     @property
     def progress_file(self) -> Path:
@@ -48,6 +43,30 @@ class Job(BaseModel):
     @property
     def summary_file(self) -> Path:
         return self.folder / "summary.json"
+
+    def count_one(self) -> None:
+        """One more prompt is done."""
+        with self.progress_file.open("ab") as progress:
+            progress.write(b".")
+
+    def check_parent(self) -> None:
+        """
+        Raises:
+            KVCompressError: nobody is left to want the results.
+        """
+        if os.getppid() != self.parent:
+            raise KVCompressError(f"the evaluation that started this engine (process {self.parent}) has ended")
+
+
+class Job(EngineJob):
+    """One format's text chunks and probes. Files of one prompt carry its index."""
+
+    reference_folder: Path | None
+    """The reference's folder; None when this is the reference. It may still be filling."""
+    feed: int
+
+    def result_file(self, index: int) -> Path:
+        return self.folder / f"prompt{index}.safetensors"
 
     @property
     def reference(self) -> Job | None:
@@ -128,13 +147,12 @@ def run_job(job: Job) -> Summary:
         llm.generate({"prompt_token_ids": prompt["tokens"][:-1]}, sampling, use_tqdm=False)
         steps = llm.collective_rpc("kvcompress_eval_end", args=(str(job.result_file(index)),))
         largest = max(largest, *steps)
-        with job.progress_file.open("ab") as progress:
-            progress.write(b".")
+        job.count_one()
     return Summary(
         start_seconds=ready - started,
         feed_seconds=time.perf_counter() - ready - waited,
         largest_step=largest,
-        **_describe(llm),
+        **describe(llm),
     )
 
 
@@ -145,8 +163,7 @@ def await_reference(job: Job, index: int) -> str | None:
         KVCompressError: it will not come, or nobody is left to want it.
     """
     while True:
-        if os.getppid() != job.parent:
-            raise KVCompressError(f"the evaluation that started this engine (process {job.parent}) has ended")
+        job.check_parent()
         reference = job.reference
         if reference is None:
             return None
@@ -157,7 +174,8 @@ def await_reference(job: Job, index: int) -> str | None:
         time.sleep(_POLL_SECONDS)
 
 
-def _describe(llm: Any) -> dict[str, Any]:
+def describe(llm: Any) -> dict[str, Any]:
+    """What `Summary` says of an engine besides times."""
     import torch
     import transformers
     import vllm
@@ -188,8 +206,13 @@ def _reason(error: BaseException) -> str:
 def main(argv: list[str]) -> int:
     """Run the job of a file; on failure leave the reason in error.txt, for the parent to tell."""
     job = Job.model_validate_json(Path(argv[0]).read_text())
+    return report_outcome(job, lambda: run_job(job))
+
+
+def report_outcome(job: EngineJob, run: Callable[[], Summary]) -> int:
+    """Run, and leave the summary or the reason of a failure where the parent looks; the process's exit status."""
     try:
-        summary = run_job(job)
+        summary = run()
     except BaseException as error:
         traceback.print_exc()
         _write(job.error_file, _reason(error))

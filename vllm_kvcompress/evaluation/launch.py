@@ -20,7 +20,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from vllm_kvcompress.errors import KVCompressError
-from vllm_kvcompress.evaluation.engine import Job, Summary
+from vllm_kvcompress.evaluation.engine import EngineJob, Job, Summary
 from vllm_kvcompress.evaluation.prompts import Prompt
 
 _POLL_SECONDS = 0.2
@@ -94,11 +94,43 @@ def run_engine(
     Raises:
         EngineFailure: with the engine's own reason and where its log lies.
     """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / "prompts.json").write_text(json.dumps([dataclasses.asdict(prompt) for prompt in prompts]))
+    # Tokens, not prompts: those of different contexts take very different times.
+    watch_engine(
+        job,
+        [len(prompt.fed) for prompt in prompts],
+        label,
+        log_file,
+        module="vllm_kvcompress.evaluation.engine",
+        stop=stop,
+    )
+    return _collect(job, len(prompts))
+
+
+def watch_engine(
+    job: EngineJob,
+    tokens: list[int],
+    label: str,
+    log_file: Path,
+    *,
+    module: str,
+    stop: threading.Event | None = None,
+) -> None:
+    """Start the process and show its progress on a line of its own until it has left its summary.
+
+    Args:
+        tokens: of each prompt, in the order they are fed.
+        module: run as `python -m MODULE JOB.json`.
+        stop: ends the process when set, from any thread.
+
+    Raises:
+        EngineFailure: with the engine's own reason and where its log lies.
+    """
     stop = stop or threading.Event()
     if stop.is_set():
         raise EngineFailure("stopped before it was started")
     job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / "prompts.json").write_text(json.dumps([dataclasses.asdict(prompt) for prompt in prompts]))
     job_file = job.folder / "job.json"
     job_file.write_text(job.model_dump_json())
     job.progress_file.touch()
@@ -110,8 +142,7 @@ def run_engine(
         **os.environ,
     }
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    # Tokens, not prompts: those of different contexts take very different times.
-    fed = list(itertools.accumulate((len(prompt.fed) for prompt in prompts), initial=0))
+    fed = list(itertools.accumulate(tokens, initial=0))
     with (
         log_file.open("wb") as log,
         # The lowest free line below the cursor, given free at the end.
@@ -119,7 +150,7 @@ def run_engine(
     ):
         bar.set_postfix_str("engine starts")
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_kvcompress.evaluation.engine", str(job_file)],
+            [sys.executable, "-m", module, str(job_file)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -149,17 +180,16 @@ def run_engine(
         raise EngineFailure("stopped")
     if failed:
         raise EngineFailure(_reason(job, process.returncode, log_file))
-    return _collect(job, len(prompts))
 
 
-def _advance(bar: tqdm, job: Job, fed: list[int]) -> None:
+def _advance(bar: tqdm, job: EngineJob, fed: list[int]) -> None:
     done = fed[job.progress_file.stat().st_size]
     if done > bar.n:
         bar.set_postfix_str("", refresh=False)
         bar.update(done - bar.n)
 
 
-def _reason(job: Job, returncode: int | None, log_file: Path) -> str:
+def _reason(job: EngineJob, returncode: int | None, log_file: Path) -> str:
     if job.error_file.exists():
         return f"{job.error_file.read_text().strip()} (log: {log_file})"
     tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])

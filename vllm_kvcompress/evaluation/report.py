@@ -59,18 +59,14 @@ def table(report: Report) -> str:
                 str(row.context),
                 row.spec.label,
                 f"{text.perplexity.value:.3f}",
-                _interval(text.ratio, 4),
-                _interval(text.kl, 4),
-                _interval(text.top1, 4),
+                interval(text.ratio, 4),
+                interval(text.kl, 4),
+                interval(text.top1, 4),
                 *recall,
                 *[""] * (points - len(recall)),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rendered = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
-    rendered.insert(1, "  ".join("-" * width for width in widths))
+    rendered = aligned(lines)
     if stress := report.settings.get("stress"):
         rendered.insert(0, f"Stressed model: {stress}")
     # An engine serves all contexts, so its failure is told once.
@@ -79,7 +75,18 @@ def table(report: Report) -> str:
     return "\n".join(rendered)
 
 
-def _interval(estimate: Estimate, digits: int) -> str:
+def aligned(lines: list[list[str]]) -> list[str]:
+    """Rows of cells, the header first, as lines with a rule below the header."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rendered = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]
+    rendered.insert(1, "  ".join("-" * width for width in widths))
+    return rendered
+
+
+def interval(estimate: Estimate, digits: int) -> str:
+    """`value [low, high]`."""
     return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
@@ -171,7 +178,8 @@ def draw(report: Report) -> Figure:
     return figure
 
 
-def _errors(estimates: list[Estimate]) -> list[list[float]]:
+def errors(estimates: list[Estimate]) -> list[list[float]]:
+    """[2, n]: lengths of the bars below and above each value, as matplotlib takes them."""
     return [
         [max(0.0, estimate.value - estimate.low) for estimate in estimates],
         [max(0.0, estimate.high - estimate.value) for estimate in estimates],
@@ -181,7 +189,7 @@ def _errors(estimates: list[Estimate]) -> list[list[float]]:
 def _bars(axes: Axes, rows: list[Row], estimates: list[Estimate], base: float, colours: dict[str, str]) -> None:
     labels = [row.spec.label for row in rows]
     heights = [estimate.value - base for estimate in estimates]
-    axes.bar(labels, heights, yerr=_errors(estimates), capsize=4, color=[colours[label] for label in labels])
+    axes.bar(labels, heights, yerr=errors(estimates), capsize=4, color=[colours[label] for label in labels])
     for index, height in enumerate(heights):
         axes.annotate(
             f"{height:.3g}", (index, height), ha="right", va="bottom", xytext=(-3, 2), textcoords="offset points"
@@ -200,7 +208,7 @@ def _lines(axes: Axes, rows: list[Row], estimates: list[Estimate], base: float, 
         axes.errorbar(
             [context * shift for context, _ in points],
             [estimate.value - base for _, estimate in points],
-            yerr=_errors([estimate for _, estimate in points]),
+            yerr=errors([estimate for _, estimate in points]),
             marker="o",
             capsize=3,
             label=label,

@@ -13,7 +13,6 @@ scaled weights once. Each run measures it: `auto` runs on both models, and the r
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -36,6 +35,7 @@ from vllm_kvcompress.evaluation.report import Row
 from vllm_kvcompress.evaluation.specs import FormatSpec
 from vllm_kvcompress.formats import get_format
 from vllm_kvcompress.rotations.locate import ROTATION_BESIDE_MODEL, model_folder
+from vllm_kvcompress.weight_files import SINGLE_FILE, read_index
 
 PAIRS_PER_HEAD = 2
 PLAIN_LABEL = "auto (plain model)"
@@ -349,14 +349,8 @@ def _weight_files(model: str) -> list[Path]:
     folder = model_folder(model) if not Path(model).is_file() else None
     found: list[Path] = []
     if folder is not None:
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        names = {single.name}
-        if index.is_file():
-            try:
-                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise KVCompressError(f"{index} cannot be read: {error}") from None
-        found = sorted(folder / name for name in names)
+        index = read_index(folder)
+        found = [folder / SINGLE_FILE] if index is None else index.files
     missing = [path.name for path in found if not path.is_file()]
     if missing or not found:
         raise KVCompressError(

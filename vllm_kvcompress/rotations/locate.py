@@ -10,7 +10,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from vllm_kvcompress.errors import RotationError
+from vllm_kvcompress.errors import KVCompressError, RotationError
+from vllm_kvcompress.weight_files import SINGLE_FILE, read_index
 
 ROTATION_BESIDE_MODEL = "kvcompress/rotation.safetensors"
 """In a sub-folder of the model: vLLM loads every *.safetensors lying directly in the model folder as weights."""
@@ -46,17 +47,14 @@ def _geometry(folder: Path) -> dict[str, Any]:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The weight files: of safetensors those the index names, so that spare copies of the weights change nothing."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise RotationError(f"{index} cannot be read: {error}") from None
-        found = [folder / name for name in names if (folder / name).is_file()]
-        if found:
-            return found
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+    try:
+        index = read_index(folder)
+    except KVCompressError as error:
+        raise RotationError(str(error)) from None
+    if index is not None and (found := [path for path in index.files if path.is_file()]):
+        return found
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
     for pattern in ("*.safetensors", "*.bin", "*.gguf"):
         if found := [path for path in folder.glob(pattern) if path.is_file()]:
             return found

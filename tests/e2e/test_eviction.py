@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that keep a budget of pages, in real engines, beside others that keep everything.
+
+Every page is overwritten with NaN as soon as it is evicted, and the runner looks at who holds which page after every
+step (engine_runner.py): a page read too late, or by another request, is a NaN in somebody's log-probabilities.
+"""
+
+import json
+import math
+import os
+import random
+import secrets
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_kvcompress.episodic.policies import POLICIES, Layer, always_kept, select
+from vllm_kvcompress.evaluation import epicache_reference
+
+RUNNER = Path(__file__).with_name("engine_runner.py")
+VOCABULARY, MAX_LEN, PAGE = 512, 6144, 128
+SINKS, RECENT, BLOCK = 32, 128, 512
+BUDGET = 512
+# Of log-probabilities that two batches of the same requests give: what tests/e2e/test_engine.py allows.
+SAME = 0.1
+GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True, "logprobs": 0}
+SCORED = {**GREEDY, "prompt_logprobs": 0}
+
+
+@pytest.fixture(scope="module")
+def rng():
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")  # shown by pytest when the test fails
+    return random.Random(seed)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(rng, tmp_path_factory):
+    """A random Llama of 2 layers, 4 query and 2 KV heads of size 64, in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(rng.getrandbits(30))
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=MAX_LEN,
+        initializer_range=0.08,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Round:
+    """Requests at once; `asks` are their extra arguments."""
+
+    prompts: list[list[int]]
+    asks: list[dict | None]
+    sampling: dict
+    abort_after: int | None = None
+
+
+def run(model, folder, rounds: list[Round], block: int = BLOCK, **engine) -> dict:
+    """Outputs and observations of an engine of its own process."""
+    arguments = {
+        "model": str(model),
+        "skip_tokenizer_init": True,
+        # 4 bits: what is left of the difference between two engines is what is tested.
+        "kv_cache_dtype": "turboquant-4",
+        "max_model_len": MAX_LEN,
+        "max_num_batched_tokens": 8 * block,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 64 << 20,
+        "dtype": "float32",
+        "additional_config": {
+            "kvcompress": {
+                "sink_tokens": SINKS,
+                "recent_tokens": RECENT,
+                "episodic": {"budget": BUDGET, "block_tokens": block},
+            }
+        },
+    }
+    job = {
+        "engine": arguments | engine,
+        "poison": True,
+        "rounds": [
+            {"prompts": r.prompts, "extra_args": r.asks, "sampling": r.sampling, "abort_after": r.abort_after}
+            for r in rounds
+        ],
+    }
+    file = folder / "job.json"
+    file.write_text(json.dumps(job))
+    done = subprocess.run(
+        [sys.executable, str(RUNNER), f"@{file}"], capture_output=True, text=True, timeout=900, env=os.environ
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
+    assert lines, f"the engine failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return json.loads(lines[0].removeprefix("REPORT "))
+
+
+def ask(policy: str, budget: int = BUDGET, guide: list[int] | None = None) -> dict:
+    asked = {"kvcompress_budget": budget, "kvcompress_policy": policy}
+    return asked if guide is None else {**asked, "kvcompress_guide": guide}
+
+
+def numbers(outputs: list[dict], fields=("prompt_logprobs", "logprobs")) -> list[float]:
+    return [x for out in outputs for name in fields for x in out[name] or () if x is not None]
+
+
+def same_until_a_tie(found: dict, expected: dict) -> float:
+    """Largest difference of the generated tokens' log-probabilities up to the first token that differs, it included."""
+    worst = 0.0
+    for a, b, x, y in zip(found["tokens"], expected["tokens"], found["logprobs"], expected["logprobs"], strict=True):
+        worst = max(worst, abs(x - y) if abs(x - y) >= 0 else math.inf)
+        if a != b:
+            break
+    return worst
+
+
+def peak(budget: int, block: int) -> int:
+    return budget // PAGE + block // PAGE + RECENT // PAGE + 2
+
+
+@pytest.fixture(scope="module")
+def many_rounds(tiny_model, rng, tmp_path_factory):
+    """One engine, many rounds, by name; and the engine's own report."""
+
+    def prompt(length: int) -> list[int]:
+        return [rng.randrange(3, VOCABULARY) for _ in range(length)]
+
+    guide = prompt(64)
+    alone, evicting = [prompt(n) for n in (700, 300, 1100)], [prompt(n) for n in (2000, 3500, 1300)]
+    asks = [ask("keydiff"), ask("snapkv"), ask("epicache", guide=guide)]
+    shared, short = prompt(1500), prompt(900)
+    long = [prompt(n) for n in (2048, 3333, 6000)]
+    rounds = {
+        "long": Round(long, [ask("keydiff"), ask("snapkv"), ask("streaming", 640)], SCORED),
+        "alone": Round(alone, [None] * 3, SCORED),
+        "beside": Round([*alone, *evicting], [None] * 3 + asks, SCORED),
+        "evicts first": Round([shared], [ask("snapkv")], GREEDY),
+        "keeps": Round([shared], [None], GREEDY),
+        "keeps again": Round([shared], [None], GREEDY),
+        "refused": Round([shared], [ask("keydiff", 5)], GREEDY),
+        "guide missing": Round([shared], [ask("epicache")], GREEDY),
+        "evicts again": Round([shared], [ask("snapkv")], GREEDY),
+        "large budget": Round([short], [ask("epicache", 4096, guide)], GREEDY),
+        "no budget": Round([short], [None], GREEDY),
+        "aborted": Round([prompt(3000), prompt(3000)], [ask("keydiff"), None], GREEDY, abort_after=4),
+        # The prompt ends so near the last position that the guide would reach past it.
+        "to the end": Round([prompt(MAX_LEN - 10)], [ask("epicache", guide=guide)], GREEDY),
+    }
+    report = run(tiny_model, tmp_path_factory.mktemp("rounds"), list(rounds.values()))
+    return dict(zip(rounds, report["rounds"], strict=True)), report
+
+
+def test_pages_are_bounded_and_come_back(many_rounds):
+    rounds, report = many_rounds
+    for out, budget in zip(rounds["long"], (BUDGET, BUDGET, 640), strict=True):
+        assert out["peak_pages"] <= peak(budget, BLOCK)
+        # And more than a budget: the compaction is the last thing before a block is read.
+        assert out["peak_pages"] >= budget // PAGE + BLOCK // PAGE
+    # Alone in the engine too, where vLLM would read a prompt in steps of any length.
+    for name in ("evicts first", "evicts again", "to the end"):
+        assert BUDGET // PAGE + BLOCK // PAGE <= rounds[name][0]["peak_pages"] <= peak(BUDGET, BLOCK)
+    assert rounds["keeps"][0]["peak_pages"] == 12
+    assert report["free_after"] == report["free_before"]
+
+
+def test_no_page_is_read_after_it_was_evicted(many_rounds):
+    rounds, _ = many_rounds
+    for name, outputs in rounds.items():
+        if isinstance(outputs, list):
+            assert all(math.isfinite(x) for x in numbers(outputs)), name
+            assert all(len(out["tokens"]) == 6 for out in outputs), name
+
+
+def test_neighbours_that_evict_change_nothing(many_rounds):
+    """The step holds a block of every request, so blocks are the same; what rounding leaves is far below a page's."""
+    rounds, _ = many_rounds
+    for found, expected in zip(rounds["beside"][:3], rounds["alone"], strict=True):
+        pairs = list(zip(found["prompt_logprobs"][1:], expected["prompt_logprobs"][1:], strict=True))
+        assert all(abs(x - y) < SAME for x, y in pairs)
+        assert same_until_a_tie(found, expected) < SAME
+
+
+def test_prefix_cache_is_neither_read_nor_published(many_rounds):
+    rounds, _ = many_rounds
+    cached = {name: rounds[name][0]["cached"] for name in ("evicts first", "keeps", "keeps again", "evicts again")}
+    assert cached == {"evicts first": 0, "keeps": 0, "keeps again": 1408, "evicts again": 0}
+    # The same arithmetic in other pages.
+    for field in ("tokens", "logprobs"):
+        assert rounds["evicts again"][0][field] == rounds["evicts first"][0][field]
+        assert rounds["keeps"][0][field] != rounds["evicts first"][0][field] or field == "tokens"
+
+
+def test_a_budget_that_holds_everything_changes_no_bit(many_rounds):
+    rounds, _ = many_rounds
+    large, none = rounds["large budget"][0], rounds["no budget"][0]
+    assert (large["tokens"], large["logprobs"]) == (none["tokens"], none["logprobs"])
+    assert large["cached"] == none["cached"] == 0
+
+
+def test_bad_arguments_are_the_clients_error_and_the_engine_lives(many_rounds):
+    rounds, _ = many_rounds
+    assert rounds["refused"]["error"].startswith("kvcompress_budget=5 must be a whole number of tokens")
+    assert "epicache needs kvcompress_guide" in rounds["guide missing"]["error"]
+
+
+def test_aborted_while_the_prompt_is_read(many_rounds):
+    rounds, report = many_rounds
+    aborted = rounds["aborted"]
+    assert aborted["unfinished"] and aborted["held"] > 20
+    assert aborted["free"] == report["free_before"]
+
+
+def test_guides_do_not_reach_past_the_last_position(many_rounds):
+    _, report = many_rounds
+    assert report["last_position"] == MAX_LEN - 1
+
+
+def test_preempted_requests_finish_as_if_undisturbed(tiny_model, rng, tmp_path):
+    """A pool for two or three of six: prompts are begun anew, in the same blocks, beside others that keep all."""
+    prompts = [[rng.randrange(3, VOCABULARY) for _ in range(n)] for n in (2600, 3000, 1100, 2800, 2048, 4000)]
+    guide = prompts[0][:50]
+    asks = [ask("keydiff"), ask("snapkv"), None, ask("epicache", guide=guide), ask("streaming"), ask("keydiff", 900)]
+    alone = [Round([p], [a], GREEDY) for p, a in zip(prompts, asks, strict=True)]
+    together = Round(prompts, asks, GREEDY)
+    report = run(
+        tiny_model, tmp_path, [*alone, together], block=1024, enable_prefix_caching=False, num_gpu_blocks_override=90
+    )
+    assert report["preemptions"] > 0, "the pool must be too small"
+    assert report["free_after"] == report["free_before"]
+    *undisturbed, crowded = report["rounds"]
+    for (expected,), found, asked in zip(undisturbed, crowded, asks, strict=True):
+        assert same_until_a_tie(found, expected) < SAME
+        if asked is not None:
+            budget = -(-asked["kvcompress_budget"] // PAGE) * PAGE
+            assert max(expected["peak_pages"], found["peak_pages"]) <= peak(budget, 1024)
+
+
+# --- against the reference ----------------------------------------------------------------------------------------
+
+
+LAYERS = 5
+TOKENS = 4 * BLOCK + 256
+CASES = [(name, BUDGET) for name in ("epicache", "snapkv", "keydiff", "streaming")] + [("epicache", 2 * BUDGET)]
+
+
+@pytest.fixture(scope="module")
+def real_weights(demo_model, tmp_path_factory):
+    """The first layers of a trained model, with the tokens of one text for vocabulary; that text, and a guide prompt.
+
+    Trained, so that heads look for something; few layers and words, because the rest adds time and no eviction.
+    """
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    text = tokenizer((Path(__file__).parents[2] / "LICENSE").read_text())["input_ids"]  # never edited
+    guide = tokenizer("You may reproduce the Work, provided that you give recipients a copy of")["input_ids"]
+    words = sorted({*text, *guide})
+    config = json.loads((demo_model / "config.json").read_text())
+    config |= {"vocab_size": len(words), "num_hidden_layers": LAYERS, "bos_token_id": 0, "eos_token_id": 0}
+    folder = tmp_path_factory.mktemp("first-layers")
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {}
+    for name, tensor in load_file(demo_model / "model.safetensors").items():
+        if ".layers." not in name or int(name.split(".layers.")[1].split(".")[0]) < LAYERS:
+            weights[name] = (tensor[words] if "embed_tokens" in name or "lm_head" in name else tensor).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    index = {word: place for place, word in enumerate(words)}
+    ids = [index[token] for token in text]
+    return folder, ids[:TOKENS], [index[token] for token in guide]
+
+
+def reference_logprobs(model, ids: torch.Tensor, name: str | None, budget: int, guide: torch.Tensor) -> torch.Tensor:
+    """ln p of every token but the first, with the engine's timing: [len(ids) - 1].
+
+    Eviction comes before a block is read. It chooses among full pages that the recent window has left behind: those
+    that the last one left and those that have come since; the others are scored (the softmax sees them) and stay.
+    """
+    cache, found, evicted_to, pages_kept = epicache_reference.Cache(), [], 0, budget // PAGE
+    queries: epicache_reference.Captured = {}
+    for begin in range(0, len(ids), BLOCK):
+        end = min(((-(-begin // PAGE) - 1) * PAGE + 1 - RECENT) // PAGE, -(-begin // PAGE) - 2)
+        held = end if not evicted_to else pages_kept + end - evicted_to
+        if name is not None and held > pages_kept:
+            policy, sources = POLICIES[name], held * PAGE
+            if policy.queries == "guide":
+                queries = epicache_reference.forward(model, guide, cache.branch())[1]
+            for index, layer in cache.layers.items():
+                slots = layer.key.shape[1]
+                asked = queries[index] if policy.queries == "guide" else queries[index][-64:]
+                scores = policy.score(Layer(layer.key.transpose(0, 1), asked, layer.scale))[:, :sources]
+                recent = max(0, policy.recent(budget) - (slots - sources))
+                kept = select(scores, budget, always_kept(sources, budget, leading=SINKS, recent=recent))
+                layer.keep(torch.cat([kept, torch.arange(sources, slots).expand(len(kept), -1)], dim=1))
+            evicted_to = end
+        with torch.no_grad():
+            hidden, queries = epicache_reference.forward(model, ids[begin : begin + BLOCK], cache)
+            following = ids[begin + 1 : begin + BLOCK + 1]
+            logprobs = model.lm_head(hidden[: len(following)]).float().log_softmax(-1)
+        found.append(logprobs.gather(-1, following.unsqueeze(-1)).squeeze(-1))
+    return torch.cat(found)
+
+
+def test_the_engine_evicts_what_the_reference_evicts(real_weights, tmp_path):
+    """Log-probabilities of a text in blocks, each read after an eviction, against the Hugging Face reference.
+
+    With 4-bit pages the engine is off from the reference without any eviction too: by how much is measured in the same
+    run, 0.059 nat. Evicting quantises keys a second time, which at most doubles the squared error, and near the
+    threshold of a score other tokens are chosen, which matter least: within twice that in all (1.14 to 1.35 times
+    measured). To another policy's reference or budget, quantisation and choice add up in squares: the nearest of the
+    30 pairs, EpiCache with 1024 tokens and no eviction, are 0.086 apart themselves, which makes 1.48 times an engine's
+    distance from its own; the others are at 1.9 times and more.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from vllm_kvcompress.calibration.tap import NAME
+
+    folder, ids, guide = real_weights
+    cases: list[tuple[str | None, int]] = [(None, BUDGET), *CASES]
+    asks = [None if n is None else ask(n, budget, guide if n == "epicache" else None) for n, budget in cases]
+    rounds = [Round([ids], [asked], {**SCORED, "max_tokens": 1}) for asked in asks]
+    report = run(folder, tmp_path, rounds)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=NAME).eval()
+    prompt, guide_ids = torch.tensor(ids), torch.tensor(guide)
+    expected = [reference_logprobs(model, prompt, name, budget, guide_ids) for name, budget in cases]
+    engine = [torch.tensor(outputs[0]["prompt_logprobs"][1:]) for outputs in report["rounds"]]
+    # Up to here nothing has been evicted at any of the budgets.
+    first = 3 * BLOCK
+    distance = torch.tensor([[float((a - b)[first:].square().mean().sqrt()) for b in expected] for a in engine])
+    print(f"engine (rows) against reference, root mean square in nat: {cases}\n{distance}")
+    own = distance.diagonal()
+    assert torch.isfinite(distance).all()
+    assert (own <= 2 * own[0]).all()
+    others = distance.masked_fill(torch.eye(len(cases), dtype=torch.bool), torch.inf)
+    assert (others.amin(0) > 1.25 * own).all() and (others.amin(1) > 1.25 * own).all()
+    # Before the first eviction all are the same text read in the same way.
+    assert all(torch.equal(a[: 2 * BLOCK - 1], engine[0][: 2 * BLOCK - 1]) for a in engine)

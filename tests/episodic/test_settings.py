@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be set, and how bad values are refused."""
+
+import pytest
+from pydantic import ValidationError
+
+from vllm_kvcompress.episodic.settings import EpisodicSettings
+
+
+def test_defaults():
+    settings = EpisodicSettings(budget=4096)
+    assert (settings.block_tokens, settings.episodes, settings.window_utterances, settings.medoids) == (2048, 4, 4, 4)
+    assert (settings.embedder, settings.policy) == ("tokens", "epicache")
+    assert settings.threshold == 4096 + 2048
+    assert EpisodicSettings(budget=4096, threshold_tokens=5000).threshold == 5000
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({}, "budget\n  Field required"),
+        ({"budget": 511}, "greater than or equal to 512"),
+        ({"budget": 4096, "block_tokens": 1000}, "multiple of 128"),
+        ({"budget": 4096, "episodes": 0}, "greater than or equal to 1"),
+        ({"budget": 4096, "policy": "lru"}, "'epicache', 'streaming', 'snapkv' or 'keydiff'"),
+        ({"budget": 4096, "growth": 1}, "greater than or equal to 1.1"),
+        ({"budget": 4096, "threshold_tokens": 1024}, "threshold_tokens=1024 is below budget=4096.*Raise"),
+        ({"budget": 4096, "bugdet": 1}, "Extra inputs are not permitted"),
+    ],
+)
+def test_bad_values_are_refused(given, problem):
+    with pytest.raises(ValidationError, match=problem):
+        EpisodicSettings.model_validate(given)
+
+
+def test_identities_cover_every_setting_that_matters():
+    """A new setting must be sorted into one of them, or be known to change neither episodes nor pages."""
+    harmless = {"threshold_tokens", "routing"}
+    others = {"embedder": "x", "policy": "snapkv", "routing": "centroid", "growth": 3, "block_tokens": 1024}
+    base = EpisodicSettings(budget=4096)
+    for name in EpisodicSettings.model_fields:
+        value = others[name] if name in others else (getattr(base, name) or 4096) + 1
+        changed = EpisodicSettings.model_validate({"budget": 4096, name: value})
+        same = (
+            changed.clustering_identity() == base.clustering_identity(),
+            changed.page_identity() == base.page_identity(),
+        )
+        assert sum(same) == (2 if name in harmless else 1), name

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The middleware before a made-up server: what reaches it, in which order, and what the client gets back."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_kvcompress.episodic import request as arguments
+from vllm_kvcompress.episodic.settings import EpisodicSettings
+from vllm_kvcompress.errors import KVCompressError
+from vllm_kvcompress.serving import middleware as module
+from vllm_kvcompress.serving.middleware import CHAT, EpisodicMiddleware
+
+BUDGET, BLOCK = 512, 256
+
+
+class Server:
+    """A token is a character; rendering is the roles and texts one after another."""
+
+    def __init__(self, build_status=200, kept=None, reused=None):
+        self.calls, self.build_status, self.kept, self.reused = [], build_status, kept, reused
+
+    async def __call__(self, scope, receive, send):
+        body = b""
+        while True:
+            message = await receive()
+            body += message["body"]
+            if not message.get("more_body"):
+                break
+        self.calls.append((scope["path"], body, dict(scope["headers"])))
+        status, content = self.respond(scope["path"], body)
+        await asyncio.sleep(0)
+        await send({"type": "http.response.start", "status": status, "headers": [(b"x-own", b"1")]})
+        await send({"type": "http.response.body", "body": json.dumps(content).encode()})
+
+    def respond(self, path, body):
+        request = json.loads(body) if body.startswith(b"{") else {}
+        if path == "/tokenize":
+            text = "".join(f"<{m['role']}>{m['content']}" for m in request["messages"])
+            text += "<assistant>" if request["add_generation_prompt"] else ""
+            return 200, {"tokens": [ord(c) for c in text]}
+        if path == "/v1/completions":
+            kept = len(request["prompt"]) // 128 * 128 if self.kept is None else self.kept
+            report = {"reused_tokens": 0, "kept_tokens": kept}
+            return self.build_status, {"kv_transfer_params": {"kvcompress": report}}
+        reused = 1024 if self.reused is None else self.reused
+        return 200, {"kv_transfer_params": {"kvcompress": {"reused_tokens": reused}}}
+
+    def paths(self):
+        return [path for path, _, _ in self.calls]
+
+
+class Engine:
+    """Of two episodes; a question with "beach" belongs to the second."""
+
+    settings = EpisodicSettings(budget=BUDGET, block_tokens=BLOCK)
+    block_tokens = BLOCK
+
+    def __init__(self, vllm_config):
+        self.salts = []
+
+    def route(self, history, question, salt):
+        self.salts.append(salt)
+        if question == "?!":
+            raise KVCompressError("no text")
+        keys = [f"{salt}-{number}-{len(history) // 100}" for number in range(2)]
+        return SimpleNamespace(episodes=[SimpleNamespace(key=key) for key in keys]), int("beach" in question)
+
+    def check(self, given):
+        if given.get(arguments.BUDGET, BUDGET) < 256:
+            raise KVCompressError("too small")
+
+    def arguments(self, episodes, index, protected, given):
+        budget = given.get(arguments.BUDGET, BUDGET)
+        return {arguments.BUDGET: budget, arguments.POLICY: "snapkv", arguments.PROTECT: protected}
+
+
+@pytest.fixture(autouse=True)
+def engine(monkeypatch):
+    monkeypatch.setattr(module, "_Engine", Engine)
+
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+TURNS = [f"turn {i} of a long conversation. " * 4 for i in range(20)]
+LONG = [SYSTEM, *({"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(TURNS))]
+QUESTION = {"role": "user", "content": "What about the beach?"}
+
+
+def call(middleware, content, path=CHAT, method="POST"):
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    app = SimpleNamespace(state=SimpleNamespace(engine_client=SimpleNamespace(vllm_config=None)))
+    headers = [(b"authorization", b"Bearer secret"), (b"content-length", str(len(body)).encode())]
+    scope = {"type": "http", "method": method, "path": path, "headers": headers, "app": app, "query_string": b""}
+    # In two pieces, as large bodies come.
+    pieces = [(body[:10], True), (body[10:], False)]
+    sent = []
+
+    async def receive():
+        part, more = pieces.pop(0)
+        return {"type": "http.request", "body": part, "more_body": more}
+
+    async def send(message):
+        sent.append(message)
+
+    async def run():
+        await middleware(scope, receive, send)
+        return sent
+
+    return run()
+
+
+def ask(middleware, content, **kwargs):
+    start, *bodies = asyncio.run(call(middleware, content, **kwargs))
+    return start["status"], dict(start["headers"]), json.loads(b"".join(message["body"] for message in bodies))
+
+
+def test_short_histories_and_other_requests_pass_byte_for_byte():
+    long = b"x" * 5000
+    for body, path in (
+        (b'{"messages":  [{"role":"user","content":"hi"}] }', CHAT),
+        (long, CHAT),
+        (b"[" + b" " * 5000 + b"]", CHAT),
+        (json.dumps({"messages": [QUESTION], "padding": "x" * 5000}).encode(), CHAT),
+        (json.dumps({"messages": [*LONG, {"role": "assistant", "content": "a"}]}).encode(), CHAT),
+        (json.dumps({"messages": [*LONG, QUESTION], "vllm_xargs": {arguments.KEEP: "a"}}).encode(), CHAT),
+        (json.dumps({"messages": [*LONG, QUESTION]}).encode(), "/v1/other"),
+    ):
+        server = Server()
+        status, headers, _ = ask(EpisodicMiddleware(server), body, path=path)
+        assert status == 200 and module.HEADER not in headers
+        assert [(found, sent) for found, sent, _ in server.calls] == [(path, body)]
+
+
+def test_overrides_mean_nothing_to_a_short_history():
+    server = Server()
+    xargs = {arguments.BUDGET: 1024, "other": 1}
+    request = {"messages": [SYSTEM, QUESTION], "seed": 3}
+    _, headers, _ = ask(EpisodicMiddleware(server), {**request, "vllm_xargs": xargs})
+    assert json.loads(server.calls[-1][1]) == {**request, "vllm_xargs": {"other": 1}} and module.HEADER not in headers
+    for messages in ([SYSTEM, QUESTION], [*LONG, QUESTION]):
+        server = Server()
+        status, _, content = ask(
+            EpisodicMiddleware(server), {"messages": messages, "vllm_xargs": {arguments.BUDGET: 3}}
+        )
+        assert status == 400 and content["error"]["message"] == "too small" and not server.calls
+
+
+def test_a_history_just_over_the_threshold_in_bytes_only_is_rendered_and_passes():
+    server = Server()
+    body = json.dumps({"messages": [SYSTEM, QUESTION], "padding": "x" * 2000}).encode()
+    _, headers, _ = ask(EpisodicMiddleware(server), body)
+    assert server.paths() == ["/tokenize", CHAT] and server.calls[-1][1] == body and module.HEADER not in headers
+
+
+def test_a_long_history_is_read_once_and_then_reused():
+    server = Server()
+    middleware = EpisodicMiddleware(server)
+    request = {"model": "m", "messages": [*LONG, QUESTION], "temperature": 0.5}
+    status, headers, _ = ask(middleware, request)
+    assert status == 200 and headers[module.HEADER] == b"2/2; built" and headers[b"x-own"] == b"1"
+    assert server.paths() == ["/tokenize"] * 3 + ["/v1/completions", CHAT]
+    assert all(sent[b"authorization"] == b"Bearer secret" for _, _, sent in server.calls)
+    build, chat = json.loads(server.calls[3][1]), json.loads(server.calls[4][1])
+    history = "".join(f"<{m['role']}>{m['content']}" for m in LONG)
+    # The question's role is rendered alike after any history.
+    assert "".join(map(chr, build["prompt"])) == history
+    name = build["vllm_xargs"][arguments.KEEP]
+    assert build["vllm_xargs"] == {
+        arguments.BUDGET: BUDGET, arguments.POLICY: "snapkv", arguments.PROTECT: len("<system>Be kind."),
+        arguments.KEEP: name, arguments.EPISODE: name,
+    }  # fmt: skip
+    assert chat.pop("vllm_xargs") == {
+        name_: value for name_, value in build["vllm_xargs"].items() if name_ != arguments.KEEP
+    }
+    assert chat == request
+
+    _, headers, _ = ask(middleware, {**request, "messages": [*LONG, {**QUESTION, "content": "And which beach?"}]})
+    assert headers[module.HEADER] == b"2/2; reused" and server.paths()[5:] == ["/tokenize"] * 3 + [CHAT]
+    # Grown by less than a block: the tail is read with the question. By more: read again, from what is kept.
+    for extra, expected in ((BLOCK // 2, b"reused"), (2 * BLOCK, b"built")):
+        grown = [*LONG, {"role": "user", "content": "x" * extra}, QUESTION]
+        assert ask(middleware, {**request, "messages": grown})[1][module.HEADER] == b"2/2; " + expected
+
+
+def test_other_episodes_tenants_and_budgets_have_their_own_pages():
+    server = Server()
+    middleware = EpisodicMiddleware(server)
+    request = {"messages": [*LONG, QUESTION]}
+    variants = [
+        request,
+        {**request, "cache_salt": "tenant"},
+        {**request, "vllm_xargs": {arguments.BUDGET: 1024}},
+        {"messages": [*LONG, {**QUESTION, "content": "And the mountains?"}]},
+    ]
+    for variant in variants:
+        assert ask(middleware, variant)[1][module.HEADER].endswith(b"built")
+    built = [json.loads(body) for path, body, _ in server.calls if path == "/v1/completions"]
+    assert len({build["vllm_xargs"][arguments.KEEP] for build in built}) == len(variants)
+    assert [build.get("cache_salt") for build in built] == [None, "tenant", None, None]
+    assert built[2]["vllm_xargs"][arguments.BUDGET] == 1024
+
+
+def test_questions_at_once_have_a_history_read_once():
+    server = Server()
+    middleware = EpisodicMiddleware(server)
+    request = {"messages": [*LONG, QUESTION]}
+
+    async def both():
+        return await asyncio.gather(*(call(middleware, request) for _ in range(5)))
+
+    answers = asyncio.run(both())
+    assert server.paths().count("/v1/completions") == 1 and server.paths().count(CHAT) == 5
+    headers = [dict(sent[0]["headers"])[module.HEADER] for sent in answers]
+    assert sorted(headers) == [b"2/2; built"] + [b"2/2; reused"] * 4
+
+
+def test_what_the_engine_has_lost_is_read_again():
+    server = Server(reused=0)
+    middleware = EpisodicMiddleware(server)
+    request = {"messages": [*LONG, QUESTION]}
+    for _ in range(2):
+        assert ask(middleware, request)[1][module.HEADER].endswith(b"built")
+
+
+def test_a_client_error_of_the_reading_is_the_answer():
+    server = Server(build_status=400)
+    status, _, content = ask(EpisodicMiddleware(server), {"messages": [*LONG, QUESTION]})
+    assert status == 400 and "kv_transfer_params" in content and CHAT not in server.paths()
+
+
+def test_when_reading_fails_the_request_is_answered_in_full_and_the_log_says_so(caplog):
+    server = Server(build_status=500)
+    body = json.dumps({"messages": [*LONG, QUESTION]}).encode()
+    status, headers, _ = ask(EpisodicMiddleware(server), body)
+    assert status == 200 and module.HEADER not in headers and server.calls[-1][:2] == (CHAT, body)
+    assert "status 500" in caplog.text
+
+
+def test_histories_without_episodes_are_answered_in_full():
+    server = Server()
+    body = json.dumps({"messages": [*LONG, {"role": "user", "content": "?!"}]}).encode()
+    ask(EpisodicMiddleware(server), body)
+    assert server.calls[-1][:2] == (CHAT, body) and "/v1/completions" not in server.paths()

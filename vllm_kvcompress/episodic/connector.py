@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How eviction reaches the worker: a KV connector of vLLM's, for it is told of every request and rides on every step.
+
+Nothing is transferred. The scheduler's side reads what requests ask for and passes on what the block managers decided;
+the worker's side compacts pages before a step's forward pass and takes freed pages out of the step's tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+from vllm.v1.request import RequestStatus
+
+from vllm_kvcompress.attention.adoption import AdoptsBlocks
+from vllm_kvcompress.attention.pages import PageManager
+from vllm_kvcompress.attention.windows import WindowManager
+from vllm_kvcompress.checks import eviction_defaults
+from vllm_kvcompress.episodic.policies import POLICIES, SnapKV
+from vllm_kvcompress.episodic.request import Eviction, Wanted, parse
+from vllm_kvcompress.episodic.store import EpisodeStore, Kept, digest
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+
+_COMPLETE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+@dataclass(frozen=True)
+class Order:
+    """A compaction, with all that the worker needs of the request: it may be in no batch."""
+
+    group: int
+    tables: dict[int, list[int]]
+    """KV cache group -> page ids before the compaction, 0 where null"""
+    num_tokens: int
+    """Computed before the step"""
+    begin: int
+    end: int
+    targets: list[int]
+    """ids of the pages that get the survivors: the first of the table, but where those are shared"""
+    eviction: Eviction
+    queries: list[int]
+    """token ids whose queries score; empty if none"""
+    position: int
+    """of the first of them"""
+
+
+@dataclass(frozen=True)
+class NullRange:
+    """Pages [begin, end) of a request's row are gone, and its first pages are `head` where that is not empty.
+
+    The row begins with page `first` (or with `head`, once that is in it) and has page `tail` in place `tail_index`.
+    Rows of questions about one episode begin alike; a tail is one request's, but a page that was evicted stands in its
+    old row until that is nulled, and may be another's tail by then. `worker.match_rows` tells them apart.
+    """
+
+    group: int
+    first: int
+    tail_index: int
+    tail: int
+    begin: int
+    end: int
+    head: tuple[int, ...]
+
+
+@dataclass
+class EvictionMetadata(KVConnectorMetadata):
+    orders: list[Order]
+    ranges: list[NullRange]
+
+
+class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._defaults = eviction_defaults(vllm_config)
+        self._requests: dict[str, tuple[Request, Wanted]] = {}
+        self._reused: dict[str, int] = {}
+        """Tokens that a request took over from a stored episode"""
+        self._store: EpisodeStore | None = None
+        self._worker: Any = None
+        if role == KVConnectorRole.WORKER:
+            from vllm_kvcompress.episodic.worker import EvictionWorker
+
+            self._worker = EvictionWorker(vllm_config, kv_cache_config)
+
+    # --- scheduler --------------------------------------------------------------------------------------------------
+
+    def _page_managers(self) -> list[tuple[int, PageManager]]:
+        assert self._kv_cache_manager is not None
+        managers = self._kv_cache_manager.coordinator.single_type_managers
+        return [(group, manager) for group, manager in enumerate(managers) if isinstance(manager, PageManager)]
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._store = EpisodeStore(kv_cache_manager.block_pool)
+        for _, manager in self._page_managers():
+            manager.make_room = self._store.make_room
+
+    def on_new_request(self, request: Request) -> None:
+        params = request.sampling_params
+        # Refused where the user's request is parsed if it is wrong.
+        wanted = None if params is None else parse(params.extra_args, self._defaults)
+        if wanted is None:
+            return
+        request.skip_reading_prefix_cache = True  # pages that others share must not be written
+        self._requests[request.request_id] = (request, wanted)
+        for _, manager in self._page_managers():
+            manager.begin_eviction(request.request_id, wanted.eviction)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> EvictionMetadata:
+        self._settle()
+        if not self._requests:
+            return EvictionMetadata([], [])
+        orders = [
+            self._order(group, compaction) for group, manager in self._page_managers()
+            for compaction in manager.take_compactions()
+        ]  # fmt: skip
+        ranges = [
+            found for group, manager in self._page_managers() for request_id in scheduler_output.num_scheduled_tokens
+            if request_id in self._requests and (found := self._null_range(group, manager, request_id)) is not None
+        ]  # fmt: skip
+        if orders or ranges:
+            # Before the forward pass, not after it.
+            scheduler_output.has_sync_kv_loads = True
+        return EvictionMetadata(orders, ranges)
+
+    def _order(self, group: int, compaction: Any) -> Order:
+        request, eviction = self._requests[compaction.request_id][0], compaction.eviction
+        assert self._kv_cache_manager is not None
+        blocks = self._kv_cache_manager.coordinator.get_blocks(compaction.request_id)
+        tables = {number: [block.block_id for block in table] for number, table in enumerate(blocks)}
+        targets = tables[group][: eviction.budget_pages]
+        tables[group][: eviction.budget_pages] = compaction.kept
+        tables[group][compaction.begin : compaction.end] = compaction.freed
+        num_tokens = request.num_computed_tokens  # vLLM adds the step's own later
+        policy = POLICIES[eviction.policy]
+        queries: list[int] = []
+        position = num_tokens
+        if policy.queries == "guide":
+            queries = list(eviction.guide)
+        elif isinstance(policy, SnapKV):
+            position = max(0, num_tokens - policy.window)
+            queries = list(request.all_token_ids[position:num_tokens])
+        return Order(group, tables, num_tokens, compaction.begin, compaction.end, targets, eviction, queries, position)
+
+    def _null_range(self, group: int, manager: PageManager, request_id: str) -> NullRange | None:
+        begin, end = manager.evicted(request_id)
+        if begin == end:
+            return None
+        blocks = manager.req_to_blocks[request_id]
+        first, head = manager.replaced(request_id)
+        return NullRange(group, first, len(blocks) - 1, blocks[-1].block_id, begin, end, head)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens whose pages a stored episode has, without any being loaded."""
+        _, wanted = self._requests.get(request.request_id, (None, None))
+        if wanted is None or wanted.episode is None:
+            return 0, False
+        assert self._store is not None and self._kv_cache_manager is not None
+        entry = self._store.find(wanted.episode, request.all_token_ids, request.cache_salt, wanted.eviction)
+        if entry is None:
+            return 0, False
+        managers = self._kv_cache_manager.coordinator.single_type_managers
+        for group, table in entry.tables.items():
+            manager = managers[group]
+            if isinstance(manager, PageManager):
+                manager.adopt(request.request_id, table, entry.end)
+            else:
+                assert isinstance(manager, AdoptsBlocks)
+                manager.offer(request.request_id, table)
+        # vLLM reads no prefix cache for it, and has not; nor would it take these (`_settle` sets it again).
+        request.skip_reading_prefix_cache = False
+        return entry.num_tokens, False
+
+    def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
+        if request.request_id in self._requests:
+            self._reused[request.request_id] = num_external_tokens
+
+    def _settle(self) -> None:
+        """Offers of the scheduling step are void now, taken or not."""
+        assert self._store is not None and self._kv_cache_manager is not None
+        self._store.settle()
+        for manager in self._kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager, AdoptsBlocks):
+                manager.withdraw_offers()
+        for request, _ in self._requests.values():
+            request.skip_reading_prefix_cache = True
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        found = self._requests.pop(request.request_id, None)
+        reused = self._reused.pop(request.request_id, 0)
+        if found is None:
+            return False, None
+        wanted = found[1]
+        report = {"reused_tokens": reused, "pages": self._pages(request.request_id)}
+        if wanted.keep is not None and request.status in _COMPLETE:
+            report["kept_tokens"] = self._keep(request, wanted)
+        for _, manager in self._page_managers():
+            manager.end_eviction(request.request_id)
+        return False, {"kvcompress": report}
+
+    def _pages(self, request_id: str) -> int:
+        return sum(
+            not block.is_null for _, manager in self._page_managers() for block in manager.req_to_blocks[request_id]
+        )
+
+    def _keep(self, request: Request, wanted: Wanted) -> int:
+        """Store the prompt's whole pages under the request's name; how many tokens that is."""
+        assert self._store is not None and self._kv_cache_manager is not None and wanted.keep is not None
+        page = self._defaults.page_tokens
+        num_tokens = min(request.num_prompt_tokens, request.num_computed_tokens) // page * page
+        managers = [manager for _, manager in self._page_managers()]
+        ends = {manager.evicted(request.request_id)[1] for manager in managers}
+        if num_tokens == 0 or len(ends) != 1 or (end := ends.pop()) * page > num_tokens:
+            return 0
+        # vLLM frees once more before it says that a request has finished. Nobody will compact what that made due.
+        if any(manager.is_due(request.request_id) for manager in managers):
+            return 0
+        tables = {}
+        for group, manager in enumerate(self._kv_cache_manager.coordinator.single_type_managers):
+            table = manager.req_to_blocks[request.request_id][: num_tokens // manager.block_size]
+            if isinstance(manager, WindowManager):
+                # The recent window slides on with each question; sinks stay where they are.
+                sinks = manager.kv_cache_spec.sink_blocks
+                table = table[:sinks] + [manager.block_pool.null_block] * (len(table) - sinks)
+            tables[group] = table
+        prompt = request.all_token_ids[:num_tokens]
+        self._store.keep(
+            wanted.keep, Kept(digest(prompt, request.cache_salt), num_tokens, wanted.eviction, tables, end)
+        )
+        return num_tokens
+
+    def reset_cache(self) -> bool | None:
+        if self._store is not None:
+            self._store.clear()
+        return True
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, list(block_ids[0]))
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    # --- worker -----------------------------------------------------------------------------------------------------
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, EvictionMetadata)
+        for order in metadata.orders:
+            self._worker.compact(order)
+        if metadata.ranges:
+            self._worker.null(metadata.ranges, forward_context.attn_metadata)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_save(self) -> None:
+        return

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of episodes: how conversations are cut and routed, and what of them the engine keeps."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vllm_kvcompress.episodic.segment import WINDOW_UTTERANCES
+
+TOKENS = "tokens"
+"""Name of the default embedder: the served model's own token embeddings."""
+PAGE_TOKENS = 128
+MIN_BUDGET = 4 * PAGE_TOKENS
+"""Of the settings, which are for whole conversations; a request may ask for less."""
+
+Policy = Literal["epicache", "streaming", "snapkv", "keydiff"]
+Routing = Literal["window", "centroid"]
+
+
+class EpisodicSettings(BaseModel):
+    """What a user may set under `"episodic"`; only the budget must be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    budget: int = Field(ge=MIN_BUDGET, description="tokens a layer keeps of a history, per KV head")
+    block_tokens: int = Field(
+        2048, ge=PAGE_TOKENS, multiple_of=PAGE_TOKENS, description="tokens prefilled between two evictions"
+    )
+    threshold_tokens: int | None = Field(
+        None, ge=1, description="histories up to this length are left alone (default budget + block_tokens)"
+    )
+    episodes: int = Field(4, ge=1, le=64, description="episodes of a conversation")
+    window_utterances: int = Field(WINDOW_UTTERANCES, ge=1, le=64, description="utterances in a window")
+    medoids: int = Field(4, ge=1, le=64, description="windows that an episode's guide prompt quotes")
+    embedder: str = Field(
+        TOKENS, min_length=1, description="tokens: the model's own embeddings; else a sentence-transformers model"
+    )
+    routing: Routing = Field(
+        "window", description="to the episode of the window nearest to the question, or to the nearest centroid"
+    )
+    growth: float = Field(
+        1.5, ge=1.1, le=16, description="episodes are made anew when the conversation has grown by this factor"
+    )
+    policy: Policy = Field("epicache", description="which tokens are kept")
+
+    @model_validator(mode="after")
+    def _threshold_above_budget(self) -> EpisodicSettings:
+        if self.threshold_tokens is not None and self.threshold_tokens < self.budget:
+            raise ValueError(
+                f"threshold_tokens={self.threshold_tokens} is below budget={self.budget}: a history that fits the "
+                "budget has nothing to evict. Raise threshold_tokens or lower budget"
+            )
+        return self
+
+    @property
+    def threshold(self) -> int:
+        """Tokens up to which a history is left alone."""
+        return self.budget + self.block_tokens if self.threshold_tokens is None else self.threshold_tokens
+
+    def clustering_identity(self) -> str:
+        """The settings that decide which episodes a conversation has."""
+        return self.model_dump_json(include={"episodes", "window_utterances", "medoids", "embedder", "growth"})
+
+    def page_identity(self) -> str:
+        """The settings that decide what is kept of an episode."""
+        return self.model_dump_json(include={"budget", "block_tokens", "policy"})

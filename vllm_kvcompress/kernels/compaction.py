@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eviction in place, in torch: score a request's slots in one layer, gather the survivors, write them anew.
+
+Survivors' bytes are moved as they are, so that a token does not lose a little at every compaction. Only keys of formats
+that centre pages cannot be: a row says how its key differs from its page's mean, and survivors of pages with different
+means come to share one. The first compaction gives the kept pages one mean per head, which they keep for good: a key is
+quantised a second time when it first gets there, with the whole range of its levels kept (clip 1), and never again.
+Quantised anew around new means every time, keys of 2-bit pages lose all they say in ten compactions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_kvcompress.episodic.policies import Layer, Policy, always_kept, select
+from vllm_kvcompress.formats.base import PageLayout, RowFields, page_fields, read_pages, write_tokens
+
+_WHOLE_RANGE = 1.0
+
+
+def compact(
+    pages: torch.Tensor,
+    layout: PageLayout,
+    table: torch.Tensor,
+    num_slots: int,
+    num_sources: int,
+    targets: torch.Tensor,
+    policy: Policy,
+    protected_tokens: int,
+    queries: torch.Tensor | None,
+    key_offset: torch.Tensor | None,
+    scale: float,
+    is_first: bool,
+) -> torch.Tensor:
+    """Write the best slots of a request's first `num_sources` pages to `targets`.
+
+    Args:
+        pages: [num_pages, H, head_bytes] uint8, written in place.
+        table: [n] int64, the request's pages that are not null, in order.
+        num_slots: tokens in them; all but those of the last page are full.
+        num_sources: pages to choose from, all full; the rest is scored (softmax sees it) and stays.
+        targets: [n'] int64, the budget's pages; the first of `table`, or others where those are shared.
+        protected_tokens: first slots that are kept whatever their score.
+        queries: [Q, Hq, D] float in cache space, what the policy scores with; None if it needs none.
+        key_offset: [H, D] float, what static centring took from the keys, in cache space; None: nothing.
+        scale: softmax scale.
+        is_first: the request's first compaction.
+
+    Returns:
+        [H, n' * page_tokens] int64: the slots that were kept, ascending.
+
+    Raises:
+        ValueError: scores that are not finite, a budget that does not hold what is protected.
+    """
+    keys, values = (x.permute(0, 2, 1, 3).flatten(0, 1)[:num_slots] for x in read_pages(pages[table], layout))
+    scored = keys if key_offset is None else keys + key_offset
+    sources, budget = num_sources * layout.page_tokens, len(targets) * layout.page_tokens
+    scores = policy.score(Layer(scored, queries, scale))[:, :sources]
+    recent = max(0, policy.recent(budget) - (num_slots - sources))
+    kept = select(scores, budget, always_kept(sources, budget, leading=protected_tokens, recent=recent))
+    before = page_fields(pages[table[:num_sources]], layout)  # a copy, for sources and targets overlap
+    after = page_fields(pages, layout)
+    unchanged = torch.ones_like(kept, dtype=torch.bool)
+    if before.k_mean is not None and after.k_mean is not None:
+        index = kept.T.unsqueeze(-1).expand(-1, -1, layout.head_dim)
+        keys, values = keys.gather(0, index), values.gather(0, index)
+        limit = torch.finfo(torch.float16).max
+        after.k_mean[targets] = keys.mean(0).clamp(-limit, limit).half() if is_first else before.k_mean[0]
+        same = (before.k_mean == after.k_mean[targets[0]]).all(-1)  # [num_sources, H]
+        unchanged = same.T.gather(1, kept // layout.page_tokens)
+        offsets = torch.arange(layout.page_tokens, device=table.device)
+        slots = (targets.unsqueeze(1) * layout.page_tokens + offsets).flatten()
+        write_tokens(pages, layout, slots, keys, values, _WHOLE_RANGE, _WHOLE_RANGE)
+    everywhere = torch.ones_like(unchanged)
+    for source, destination, where in (
+        (before.keys, after.keys, unchanged), (before.values, after.values, everywhere),
+    ):  # fmt: skip
+        for old, new in zip(_regions(source), _regions(destination), strict=True):
+            _move(old, new, targets, kept, where)
+    return kept
+
+
+def _regions(rows: RowFields) -> list[torch.Tensor]:
+    """All that is stored of the keys or of the values: [P, H, page_tokens, ...]."""
+    signs = [region for region in (rows.signs, rows.sign_norms) if region is not None]
+    return [*rows.codes, *rows.scales, *signs]
+
+
+def _move(
+    source: torch.Tensor, destination: torch.Tensor, target: torch.Tensor, kept: torch.Tensor, where: torch.Tensor
+) -> None:
+    """Move bytes of survivors to pages `target`, in the order of `kept` [H, M], where `where` [H, M] bool."""
+    rows = source.transpose(0, 1).flatten(1, 2)  # by slot: [H, n * page_tokens, ...]
+    picked = rows[torch.arange(len(kept), device=kept.device).unsqueeze(1), kept]
+    present = destination[target].transpose(0, 1).flatten(1, 2)
+    chosen = torch.where(where.view(*where.shape, *[1] * (picked.ndim - 2)), picked, present)
+    destination[target] = chosen.unflatten(1, (len(target), -1)).transpose(0, 1)
