@@ -11,10 +11,11 @@ from vllm_kvcompress.quantizers import qjl
 from vllm_kvcompress.triton_kernels.attend import _tile, attend, workspace_elements
 
 BLOCK = 16
-SCALE = 0.1
+MOST_SCALE = 0.1
 # Per head, relative to its largest output, and in the norm. Weights are rounded to fp16 before they meet the values: at
 # most 2^-11 = 4.9e-4 of each term. Terms have either sign, so the largest output may be several times smaller than the
-# sum of their magnitudes, but then roundings of as many terms cancel too: 4 * 4.9e-4.
+# sum of their magnitudes, but then roundings of as many terms cancel too: 4 * 4.9e-4. Scores are sums of D products of
+# levels rounded to fp16, so their errors grow with scale * sqrt(D): the scale is that of attention, D^-0.5, or smaller.
 TOLERANCE = 2e-3
 
 
@@ -37,6 +38,7 @@ class Batch:
         value_size=1.0,
     ):
         self.requests, self.kv_heads, self.group, self.dim = requests, kv_heads, group, dim
+        self.scale = min(MOST_SCALE, dim**-0.5)
         self.sinks, self.recent, self.window_dtype = sinks, recent, window_dtype
         self.layout = get_format(name).layout(dim, page_tokens)
         self.sketch = None
@@ -94,7 +96,7 @@ class Batch:
             self.starts.to(device),
             self.lengths.to(device),
             out,
-            scale=SCALE,
+            scale=self.scale,
             window_cache=moved(self.windows) if windows else None,
             window_table=self.window_table.to(device) if windows else None,
             window_dtype=self.window_dtype,
@@ -119,7 +121,7 @@ class Batch:
             self.table,
             self.starts,
             self.lengths,
-            SCALE,
+            self.scale,
             self.windows if windows else None,
             self.window_table,
             self.sinks,
