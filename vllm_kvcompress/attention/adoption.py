@@ -1,18 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks that a request takes over from one that has finished, shared and never written."""
+"""Who else may have a request's blocks: nobody while it evicts; once it has finished, questions about its episode."""
 
 from __future__ import annotations
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.request import Request
+
+from vllm_kvcompress.episodic.request import is_private
 
 
 class AdoptsBlocks(SingleTypeKVCacheManager):
-    """A block manager whose "external" tokens (vLLM's word for a KV connector's) lie in blocks it already has."""
+    """What both of our block managers do with blocks of requests that evict.
+
+    The "external" tokens (vLLM's word for a KV connector's) of such a request lie in blocks that are there already.
+    """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._offers: dict[str, list[KVCacheBlock]] = {}
+
+    def cache_blocks(self, request: Request, *args, **kwargs) -> None:
+        """Never shared by their hashes: pages hold other tokens than their place says, and all have seen less."""
+        if not is_private(request):
+            super().cache_blocks(request, *args, **kwargs)
 
     def offer(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
         """If the request is admitted in the scheduling step under way, it begins with these blocks, null where null."""

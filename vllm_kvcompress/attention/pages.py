@@ -19,11 +19,10 @@ from dataclasses import dataclass, fields
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.request import Request
 
 from vllm_kvcompress import compat
 from vllm_kvcompress.attention.adoption import AdoptsBlocks
-from vllm_kvcompress.episodic.request import Eviction, is_private
+from vllm_kvcompress.episodic.request import Eviction
 
 _ROOM_FOR_WINDOWS = 64
 """Blocks that a request's other groups may ask for in the same breath."""
@@ -199,11 +198,6 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
         if wanted and self.make_room is not None:
             self.make_room(wanted + _ROOM_FOR_WINDOWS)
         return wanted
-
-    def cache_blocks(self, request: Request, *args, **kwargs) -> None:
-        """Pages of requests that evict are written again, and hold other tokens than their place says: never shared."""
-        if not is_private(request):
-            super().cache_blocks(request, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         state = self._states.get(request_id)

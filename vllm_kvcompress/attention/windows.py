@@ -20,11 +20,9 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
-from vllm.v1.request import Request
 
 from vllm_kvcompress import compat
 from vllm_kvcompress.attention.adoption import AdoptsBlocks
-from vllm_kvcompress.episodic.request import is_private
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,11 +147,6 @@ class WindowManager(AdoptsBlocks, SlidingWindowManager):
     def reachable_block_mask(cls, *args, **kwargs):
         """Cache every block that exists: sinks and the window at any boundary can serve a hit."""
         return None
-
-    def cache_blocks(self, request: Request, *args, **kwargs) -> None:
-        """Not of requests that evict: their tokens have seen less than the same ones elsewhere."""
-        if not is_private(request):
-            super().cache_blocks(request, *args, **kwargs)
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Always 0: what may be skipped is decided block by block (`WindowSpec.is_kept`)."""

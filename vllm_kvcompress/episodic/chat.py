@@ -24,7 +24,7 @@ from typing import Any, overload
 from vllm_kvcompress.checks import eviction_defaults
 from vllm_kvcompress.config import load_settings
 from vllm_kvcompress.episodic import request
-from vllm_kvcompress.episodic.embed import Embedder, make_embedder
+from vllm_kvcompress.episodic.embed import Embedder, served_embedder
 from vllm_kvcompress.episodic.guide import guide_tokens
 from vllm_kvcompress.episodic.identity import digest
 from vllm_kvcompress.episodic.policies import POLICIES
@@ -34,7 +34,7 @@ from vllm_kvcompress.episodic.settings import EpisodicSettings
 from vllm_kvcompress.episodic.template import ChatTemplate, Message, common_tokens
 from vllm_kvcompress.errors import KVCompressError
 from vllm_kvcompress.formats import is_ours
-from vllm_kvcompress.rotations import model_fingerprint, model_folder
+from vllm_kvcompress.rotations import model_folder
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -109,12 +109,7 @@ class EpisodicChat:
             raise KVCompressError(
                 f"the weights of {model.model} are not on this machine; give their folder to LLM, or an embedder"
             )
-        return make_embedder(
-            self._settings.embedder,
-            folder,
-            lambda texts: [self._template.encode(text) for text in texts],
-            model_fingerprint(folder),
-        )
+        return served_embedder(self._settings.embedder, folder, self._template.encode)
 
     @property
     def messages(self) -> tuple[Message, ...]:

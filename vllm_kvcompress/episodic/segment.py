@@ -21,7 +21,7 @@ UTTERANCE_CHARACTERS = 500
 
 # The end of a sentence, with the space behind it; ideographic full stops have none. A line's end is one too.
 _SENTENCE = re.compile(r"(?:(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])|\n+)")
-_INSTRUCTION_ROLES = ("system", "developer")
+INSTRUCTION_ROLES = ("system", "developer")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def chat_utterances(messages: Sequence[Mapping[str, Any]]) -> list[Utterance]:
         except (TypeError, ValueError) as error:
             raise KVCompressError(f"message {number} is not JSON: {error}") from None
         text = content_text(message.get("content"), number)
-        utterances.append(Utterance(message["role"], "" if message["role"] in _INSTRUCTION_ROLES else text, rest=rest))
+        utterances.append(Utterance(message["role"], "" if message["role"] in INSTRUCTION_ROLES else text, rest=rest))
     return utterances
 
 

@@ -8,10 +8,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_kvcompress.episodic.segment import WINDOW_UTTERANCES
+from vllm_kvcompress.formats.base import PAGE_TOKENS
 
 TOKENS = "tokens"
 """Name of the default embedder: the served model's own token embeddings."""
-PAGE_TOKENS = 128
 MIN_BUDGET = 4 * PAGE_TOKENS
 """Of the settings, which are for whole conversations; a request may ask for less."""
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from vllm_kvcompress.episodic.segment import INSTRUCTION_ROLES
 from vllm_kvcompress.errors import KVCompressError
 
 Message = Mapping[str, Any]
-INSTRUCTION_ROLES = ("system", "developer")
 
 
 class ChatTemplate:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_kvcompress.episodic.embed import make_embedder
+from vllm_kvcompress.episodic.embed import served_embedder
 from vllm_kvcompress.episodic.guide import guide_tokens
 from vllm_kvcompress.episodic.policies import POLICIES
 from vllm_kvcompress.episodic.request import BUDGET, GUIDE, OFFERED, POLICY, PROTECT
@@ -40,7 +40,7 @@ from vllm_kvcompress.evaluation.engine import engine_arguments
 from vllm_kvcompress.evaluation.model_files import check_limit, load_model_files, sufficient_kv_bytes
 from vllm_kvcompress.evaluation.routing import route_questions, routing_figures
 from vllm_kvcompress.evaluation.specs import REFERENCE, FormatSpec, parse_formats
-from vllm_kvcompress.rotations import model_fingerprint, model_folder
+from vllm_kvcompress.rotations import model_folder
 
 SUMMARY = "measure answers about long conversations under eviction: LoCoMo, by policy and budget"
 
@@ -224,12 +224,7 @@ def _embedder(args: argparse.Namespace, settings: EpisodicSettings, template: Ch
     folder = model_folder(args.model)
     if folder is None:
         raise KVCompressError(f"the weights of {args.model} are not on this machine; fetch them: hf download MODEL")
-    return make_embedder(
-        settings.embedder,
-        folder,
-        lambda texts: [template.encode(text) for text in texts],
-        model_fingerprint(folder),
-    )
+    return served_embedder(settings.embedder, folder, template.encode)
 
 
 def _guides(

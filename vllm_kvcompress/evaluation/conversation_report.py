@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_kvcompress.evaluation.conversation_figures import BASELINE, FULL, Setup, SetupFigures
 from vllm_kvcompress.evaluation.metrics import Estimate
-from vllm_kvcompress.evaluation.report import aligned, errors, interval
+from vllm_kvcompress.evaluation.report import aligned, errors, interval, save_figure
 from vllm_kvcompress.evaluation.routing import RoutingFigures
 
 if TYPE_CHECKING:
@@ -92,12 +92,7 @@ def write_json(report: ConversationReport, path: Path) -> None:
 
 def write_plot(report: ConversationReport, path: Path) -> bool:
     """Draw the figure into a PNG. False where matplotlib is not installed."""
-    try:
-        figure = draw(report)
-    except ImportError:
-        return False
-    figure.savefig(path, dpi=110)
-    return True
+    return save_figure(lambda: draw(report), path)
 
 
 def draw(report: ConversationReport) -> Figure:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,8 +118,13 @@ def write_json(report: Report, path: Path) -> None:
 
 def write_plot(report: Report, path: Path) -> bool:
     """Draw the figure into a PNG. False where matplotlib is not installed."""
+    return save_figure(lambda: draw(report), path)
+
+
+def save_figure(draw: Callable[[], Figure], path: Path) -> bool:
+    """Save what is drawn as a PNG. False where matplotlib, which `draw` imports, is not installed."""
     try:
-        figure = draw(report)
+        figure = draw()
     except ImportError:
         return False
     figure.savefig(path, dpi=110)

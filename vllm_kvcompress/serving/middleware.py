@@ -21,20 +21,21 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from vllm_kvcompress import rotations
 from vllm_kvcompress.checks import eviction_defaults
 from vllm_kvcompress.config import load_settings
 from vllm_kvcompress.episodic import request as arguments
-from vllm_kvcompress.episodic.embed import make_embedder
+from vllm_kvcompress.episodic.embed import served_embedder
 from vllm_kvcompress.episodic.guide import guide_tokens
 from vllm_kvcompress.episodic.identity import digest
 from vllm_kvcompress.episodic.policies import POLICIES
 from vllm_kvcompress.episodic.router import EpisodeMap, EpisodeRouter
-from vllm_kvcompress.episodic.segment import chat_utterances
+from vllm_kvcompress.episodic.segment import INSTRUCTION_ROLES, chat_utterances
 from vllm_kvcompress.episodic.settings import EpisodicSettings
-from vllm_kvcompress.episodic.template import common_tokens
+from vllm_kvcompress.episodic.template import ChatTemplate, common_tokens
 from vllm_kvcompress.errors import KVCompressError
 from vllm_kvcompress.serving.loopback import App, Message, Receive, Scope, Send, answer, post, read_body, with_body
 
@@ -155,11 +156,7 @@ class EpisodicMiddleware:
         except KVCompressError as error:
             raise _PassedOn(str(error), untouched) from None
         past = common_tokens(tokens, await self._render(scope, receive, request, history, False))
-        system = []
-        for message in history:
-            if message.get("role") not in ("system", "developer"):
-                break
-            system.append(message)
+        system = list(takewhile(lambda message: message.get("role") in INSTRUCTION_ROLES, history))
         protected = common_tokens(tokens, await self._render(scope, receive, request, system, False)) if system else 0
         xargs = await asyncio.to_thread(engine.arguments, episodes, index, protected, given or {})
         # The key stands for the server's settings; a client's own are another episode.
@@ -239,12 +236,8 @@ class _Engine:
         if folder is None:
             raise KVCompressError(f"episodes need the folder of {model.model}, which is not on this machine")
         tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, revision=model.tokenizer_revision)
-
-        def encode(texts: list[str]) -> list[list[int]]:
-            return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-        self._encode = encode
-        self._router = EpisodeRouter(settings, make_embedder(settings.embedder, folder, encode, model.model))
+        self._encode = ChatTemplate(tokenizer).encode
+        self._router = EpisodeRouter(settings, served_embedder(settings.embedder, folder, self._encode))
 
     def route(self, history: list[Any], question: str, salt: str | None) -> tuple[EpisodeMap, int]:
         """The history's episodes and the index of the question's."""
@@ -273,5 +266,5 @@ class _Engine:
         }
         if POLICIES[policy].queries == "guide":
             limit = min(self.block_tokens, self._defaults.max_model_len // 2)
-            found[arguments.GUIDE], _ = guide_tokens(episodes, index, lambda text: self._encode([text])[0], limit)
+            found[arguments.GUIDE], _ = guide_tokens(episodes, index, self._encode, limit)
         return found
