@@ -152,10 +152,6 @@ def _turn_on_eviction(vllm_config: VllmConfig) -> None:
             len(sliding.full_attention_layers(text_config, total)) < total,
             "eviction does not support models with sliding-window layers",
         ),
-        (
-            episodic.policy not in request.OFFERED,
-            f"eviction in the engine knows the policies {', '.join(request.OFFERED)}, not {episodic.policy}",
-        ),
         (parallel.pipeline_parallel_size > 1, "eviction does not support pipeline parallelism"),
         (vllm_config.speculative_config is not None, "eviction does not go with speculative decoding"),
         (vllm_config.lora_config is not None, "eviction does not go with LoRA"),

@@ -79,7 +79,7 @@ class EpisodicChat:
             embedder: of windows and questions; default: the one that the settings name.
 
         Raises:
-            KVCompressError: an engine that does not evict, a policy it does not offer, or as `make_embedder`.
+            KVCompressError: an engine that does not evict, or as `make_embedder`.
         """
         self._llm = llm
         self._config = llm.llm_engine.vllm_config
@@ -93,8 +93,6 @@ class EpisodicChat:
                 'additional_config={"kvcompress": {"episodic": {"budget": 4096}}})'
             )
         self._settings = settings or engine_settings
-        if self._settings.policy not in request.OFFERED:
-            raise KVCompressError(f"policy={self._settings.policy!r} must be one of {', '.join(request.OFFERED)}")
         self._salt = salt
         self._template = ChatTemplate(llm.get_tokenizer())
         self._router = EpisodeRouter(self._settings, embedder or self._default_embedder())
