@@ -242,7 +242,9 @@ def _centred_three(low, high, LOW_MASK: tl.constexpr, MASK: tl.constexpr, STEP: 
 def _bent(x, CURVE: tl.constexpr):
     """x * (1 + CURVE * x^2), fp16."""
     if _INTERPRETED:
-        return x * x * CURVE * x + x
+        # Exact in float32, then rounded once, as the fused multiply-add rounds.
+        square = (x * x * _half(CURVE)).to(tl.float32)
+        return (square * x.to(tl.float32) + x.to(tl.float32)).to(tl.float16)
     else:
         return tl.inline_asm_elementwise(
             """{

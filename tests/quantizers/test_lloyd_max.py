@@ -121,14 +121,16 @@ def test_cubic_levels(dim, bits):
     a, b = lloyd_max.cubic(dim, bits)
     t = torch.arange(2**bits, dtype=torch.float64) - (2**bits - 1) / 2
     levels = lloyd_max.levels(dim, bits)
-    torch.testing.assert_close(levels.double(), a * t * (1 + b * t * t), rtol=1e-6, atol=0)
+    # fp16: 2^-11 of the result, and twice that of the bend, which is less than a third of it.
+    torch.testing.assert_close(levels.double(), a * t * (1 + b * t * t), rtol=2.0**-11 + 2.0**-10 / 3, atol=0)
     assert (levels.diff() > 0).all() and torch.equal(levels, -levels.flip(0))
     if bits <= 2:
         assert (b == 0.0) == (bits == 1)
-        torch.testing.assert_close(levels, lloyd_max.codebook(dim, bits), rtol=1e-6, atol=0)
+        torch.testing.assert_close(levels, lloyd_max.codebook(dim, bits), rtol=2.0**-11 + 2.0**-10 / 3, atol=0)
     excess = lloyd_max.distortion(levels, dim) / lloyd_max.distortion(lloyd_max.codebook(dim, bits), dim) - 1
-    # Levels rounded to float32 (2^-24) cost nothing to first order; float64 sums of 1 - ... leave 1e-16 of 0.007.
-    assert -1e-12 <= excess <= {1: 1e-12, 2: 1e-12, 3: 2.2e-3, 4: 2e-2}[bits]
+    # The rounding to fp16 costs nothing to first order, its square to second: at most (8.2e-4)^2 of the variance, over
+    # errors of 0.11, 0.033 and 0.0091 of it. Float64 sums of 1 - ... leave 1e-16 of 0.007.
+    assert -1e-12 <= excess <= {1: 1e-12, 2: 1e-5, 3: 2.2e-3 + 3e-5, 4: 2e-2 + 8e-5}[bits]
 
 
 @pytest.mark.parametrize("bits", [3, 4])

@@ -154,7 +154,7 @@ def test_fewer_projections_than_channels():
 def test_extremes():
     matrix = qjl.sketch_matrix(64, 2)
     x = torch.randn(64)
-    rows = torch.stack([x, torch.zeros(64), x * 1e38 / x.abs().max(), x * 1e-38])
+    rows = torch.stack([x, torch.zeros(64), x / x.abs().max() * 1e38, x * 1e-38])
     bits, norm = qjl.sketch(rows, matrix)
     assert float(norm[1]) == 0 and float(norm[2]) == FP16_MAX
     assert torch.equal(bits[2], bits[0]) and torch.equal(bits[3], bits[0])

@@ -16,6 +16,7 @@ MOST_SCALE = 0.1
 # most 2^-11 = 4.9e-4 of each term. Terms have either sign, so the largest output may be several times smaller than the
 # sum of their magnitudes, but then roundings of as many terms cancel too: 4 * 4.9e-4. Scores are sums of D products of
 # levels rounded to fp16, so their errors grow with scale * sqrt(D): the scale is that of attention, D^-0.5, or smaller.
+# With signs sketched queries are rounded too, which doubles that: there, queries are half as large.
 TOLERANCE = 2e-3
 
 
@@ -73,7 +74,8 @@ class Batch:
             self.windows.view(window_dtype)[self.window_table[row].long()[t // BLOCK], :, t % BLOCK] = both
         self.windows[0] = 0xFF
         self.total = int(self.starts[-1])
-        self.q = (torch.randn(self.total + padding, kv_heads * group, dim) * 2).half()
+        size = 2 if self.sketch is None else 1
+        self.q = (torch.randn(self.total + padding, kv_heads * group, dim) * size).half()
         self.new_kv = torch.randn(self.total + padding, kv_heads, 2 * dim)
         self.new_kv[..., dim:] *= value_size
         self.new_kv = self.new_kv.to(window_dtype)
