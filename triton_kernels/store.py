@@ -37,10 +37,10 @@ class _Part(NamedTuple):
     codes: int
     scales: int
     a: float
-    """Lloyd-Max levels are a * t * (1 + b * t^2), t = code - (2**bits - 1) / 2."""
-    b: float
+    """Lloyd-Max levels are a / 2 * x * (1 + bend * x^2) in fp16 arithmetic, x = 2 * code - (2**bits - 1)."""
+    bend: float
     edges: tuple[float, ...]
-    """Lloyd-Max: the 2**(bits - 1) - 1 positive boundaries. Passed, as `a` and `b` are, so that compiled kernels
+    """Lloyd-Max: the 2**(bits - 1) - 1 positive boundaries. Passed, as `a` and `bend` are, so that compiled kernels
     are kept apart when the codebook changes."""
 
 
@@ -57,12 +57,13 @@ class _Rows(NamedTuple):
 def _rows_constants(rows: RowLayout) -> _Rows:
     parts = []
     for part in rows.parts:
-        a, b = 0.0, 0.0
+        a, bend = 0.0, 0.0
         edges: tuple[float, ...] = ()
         if rows.quantizer == "lloyd-max":
             a, b = lloyd_max.cubic(part.channels, part.bits)
+            bend = float(torch.tensor(b / 4).half())
             edges = tuple(lloyd_max.boundaries(part.channels, part.bits)[2 ** (part.bits - 1) :].tolist())
-        parts.append(_Part(part.first_channel, part.channels, part.bits, part.codes, part.scales, a, b, edges))
+        parts.append(_Part(part.first_channel, part.channels, part.bits, part.codes, part.scales, a, bend, edges))
     return _Rows(rows.quantizer == "affine", tuple(parts), rows.signs, rows.sign_norms)
 
 
@@ -443,10 +444,17 @@ def _read_back_part(page_ptr, tokens, inside, lanes, K_ROWS: tl.constexpr, INDEX
         zero = tl.load(scale_ptr + 2 * tokens + 1, mask=inside, other=0.0).to(tl.float32)
         found = codes * scale[:, None] + zero[:, None]
     else:
-        t = codes - (2**PART.bits - 1) * 0.5
-        norm = tl.load(scale_ptr + tokens, mask=inside, other=0.0).to(tl.float32) * PART.a
-        found = tl.where(mask, t * (1.0 + PART.b * t * t) * norm[:, None], 0.0)
+        level = _level(2 * codes - (2**PART.bits - 1), PART.bend)
+        norm = tl.load(scale_ptr + tokens, mask=inside, other=0.0).to(tl.float32) * (PART.a / 2)
+        found = tl.where(mask, level * norm[:, None], 0.0)
     return found
+
+
+@triton.jit
+def _level(x, BEND: tl.constexpr):
+    """x * (1 + BEND * x^2) of odd integers in float32, rounded where fp16 arithmetic rounds (`lloyd_max.levels`)."""
+    bent = (x * x * BEND).to(tl.float16).to(tl.float32)
+    return (bent * x + x).to(tl.float16).to(tl.float32)
 
 
 @triton.jit
@@ -719,8 +727,7 @@ def _quantise_part(x, ROWS: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.const
         above += (size > PART.edges[edge]).to(tl.int32)
     codes = tl.where(unit > 0, LEVELS + above, LEVELS - 1 - above)
     # Magnitudes of the levels, divided by a.
-    t = above.to(tl.float32) + 0.5
-    level = t * (1.0 + PART.b * t * t)
+    level = _level(2 * above.to(tl.float32) + 1, PART.bend) * 0.5
     if ROWS.signs is None:
         # So that the row read back has the norm of x. Signs correct the codes' bias themselves.
         length = tl.sqrt_rn(tl.sum(tl.where(in_part, level * level, 0.0), axis=1))

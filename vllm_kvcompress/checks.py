@@ -143,7 +143,6 @@ def _turn_on_eviction(vllm_config: VllmConfig) -> None:
     own = vllm_config.kv_transfer_config
     text_config: Any = model_config.hf_text_config
     for wrong, reason in (
-        (vllm_config.device_config.device_type != "cpu", "eviction runs on the CPU only so far"),
         (
             own is not None and own.kv_connector_module_path != _CONNECTOR_MODULE,
             "eviction is a KV connector and there can be one; remove --kv-transfer-config and --kv-offloading-size",

@@ -34,9 +34,9 @@ def main():
     pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     report = {"rounds": [], "free_before": pool.get_num_free_blocks()}
     for prompts in job["rounds"]:
-        outputs = llm.generate(
-            [{"prompt_token_ids": p} for p in prompts], SamplingParams(**job["sampling"]), use_tqdm=False
-        )
+        extra = job["extra"] or [None] * len(prompts)
+        params = [SamplingParams(**job["sampling"], extra_args=arguments) for arguments in extra]
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         report["rounds"].append([
             {
                 "tokens": list(out.outputs[0].token_ids),
@@ -68,14 +68,14 @@ def tiny_model(tmp_path_factory):
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=64,
-        max_position_embeddings=MAX_LEN,
+        max_position_embeddings=2 * MAX_LEN,
         initializer_range=0.08,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
-def run(model, cache_dtype, *rounds, kvcompress=None, max_tokens=4, **engine):
+def run(model, cache_dtype, *rounds, kvcompress=None, max_tokens=4, extra=None, **engine):
     arguments = {
         "model": str(model),
         "skip_tokenizer_init": True,
@@ -88,7 +88,7 @@ def run(model, cache_dtype, *rounds, kvcompress=None, max_tokens=4, **engine):
         "additional_config": {"kvcompress": kvcompress} if kvcompress else {},
     }
     sampling = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "logprobs": 0}
-    job = {"engine": arguments | engine, "rounds": rounds, "sampling": sampling}
+    job = {"engine": arguments | engine, "rounds": rounds, "sampling": sampling, "extra": extra}
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", RUNNER, json.dumps(job)], capture_output=True, text=True, timeout=900, env=environment
@@ -138,3 +138,29 @@ def test_rejected_drafts_leave_no_trace(tiny_model, kernels, max_tokens):
     accepted = drafted["metrics"]["vllm:spec_decode_num_accepted_tokens"]
     assert drafts > accepted, "there must be something to take back"
     assert_same(drafted["rounds"][0], plain["rounds"][0])
+
+
+def test_eviction_is_that_of_the_torch_path(tiny_model):
+    """Guide passes, scores, compactions and steps without evicted pages, beside a request that keeps everything."""
+    batch = prompts(700, 30, 650, 580)
+    budget = {"kvcompress_budget": 256}
+    extra = [
+        {**budget, "kvcompress_policy": "epicache", "kvcompress_guide": prompts(20)[0]},
+        None,
+        {**budget, "kvcompress_policy": "streaming"},
+        {**budget, "kvcompress_policy": "snapkv"},
+    ]
+    settings = {"sink_tokens": 16, "recent_tokens": 32, "episodic": {"budget": 512, "block_tokens": 128}}
+    torch_path, kernels = (
+        run(
+            tiny_model,
+            "turboquant-4",
+            batch,
+            kvcompress={**settings, "kernels": kernels},
+            extra=extra,
+            max_model_len=2 * MAX_LEN,
+            max_num_batched_tokens=256,
+        )["rounds"][0]
+        for kernels in ("torch", "triton")
+    )
+    assert_same(kernels, torch_path)

@@ -11,8 +11,8 @@ from vllm_kvcompress.episodic.connector import NullRange
 from vllm_kvcompress.episodic.worker import match_rows
 
 
-def item(first, tail_index, tail, head=()):
-    return NullRange(0, first, tail_index, tail, 2, 4, head)
+def item(first, tail_index, tail):
+    return NullRange("a request", 0, first, tail_index, tail, 2, 4, ())
 
 
 def test_rows_of_one_episode_with_a_page_that_changed_hands():
@@ -21,12 +21,6 @@ def test_rows_of_one_episode_with_a_page_that_changed_hands():
     lost, gained = item(5, 5, 11), item(5, 3, 9)
     for ranges in ([lost, gained], [gained, lost]):
         assert sorted(match_rows(table, ranges), key=lambda pair: pair[1]) == [(lost, 0), (gained, 1)]
-
-
-def test_a_row_is_known_before_and_after_its_first_pages_are_replaced():
-    replaced = item(5, 2, 9, head=(20, 21))
-    for first in (5, 20):
-        assert match_rows(torch.tensor([[1, 2, 9], [first, 6, 9]], dtype=torch.int32), [replaced]) == [(replaced, 1)]
 
 
 @pytest.mark.parametrize("row", [[5, 6, 8], [4, 6, 9]])

@@ -12,7 +12,6 @@ from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
     AttentionMetadata,
-    AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
     MultipleOf,
@@ -20,6 +19,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_kvcompress.attention.gaps import ClosesGaps, Origin
 from vllm_kvcompress.attention.gpu_metadata import (
     GpuMetadata,
     cudagraph_support,
@@ -51,6 +51,7 @@ class KVCompressMetadata(AttentionMetadata):
     centres_pages: bool
     sink_tokens: int
     recent_tokens: int
+    origin: Origin | None = None
     _plan: StepPlan | None = None
 
     def plan(self, windows: WindowMetadata | None) -> StepPlan:
@@ -60,7 +61,7 @@ class KVCompressMetadata(AttentionMetadata):
         return self._plan
 
 
-class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata | GpuMetadata]):
+class KVCompressMetadataBuilder(ClosesGaps[KVCompressMetadata | GpuMetadata]):
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
@@ -79,10 +80,7 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata | Gp
     def get_varlen_cudagraph_max_query_len(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> int | None:
         return max_varlen_query_len(vllm_config)
 
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> KVCompressMetadata | GpuMetadata:
-        common = common_attn_metadata
+    def make(self, common: CommonAttentionMetadata) -> KVCompressMetadata | GpuMetadata:
         if self._on_gpu:
             assert self.reorder_batch_threshold is not None
             return make_metadata(common, self.reorder_batch_threshold, self.kv_cache_spec.block_size)

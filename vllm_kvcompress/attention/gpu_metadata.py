@@ -24,6 +24,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from vllm_kvcompress.attention.gaps import Origin
 from vllm_kvcompress.checks import kernel_path
 from vllm_kvcompress.kernels.selection import MAX_DECODE_QUERY_LEN
 
@@ -124,6 +125,7 @@ class GpuMetadata(AttentionMetadata):
     prefill_history: list[int] = field(default_factory=list)
     """upper bounds of the prefills' history, in tokens; vLLM's are exact for prefills"""
     page_tokens: int = 128
+    origin: Origin | None = None
     _history: dict[int, tuple[HistoryGroup, ...]] = field(default_factory=dict)
 
     def history(self, workspace_tokens: int) -> tuple[HistoryGroup, ...]:

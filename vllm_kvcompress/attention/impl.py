@@ -22,7 +22,7 @@ from vllm_kvcompress import rotations
 from vllm_kvcompress.attention.backend import KVCompressMetadata
 from vllm_kvcompress.attention.gpu_metadata import GpuMetadata, StepPart
 from vllm_kvcompress.attention.plan import ReadGroup
-from vllm_kvcompress.attention.window_layer import WindowLayer, WindowMetadata
+from vllm_kvcompress.attention.window_layer import WINDOW_SUFFIX, WindowLayer, WindowMetadata
 from vllm_kvcompress.checks import kernel_case, kernel_path, resolve
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.formats.base import PageLayout, page_fields, sketch_matrix
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from vllm_kvcompress.episodic.policies import Policy
 
 logger = logging.getLogger("vllm.kvcompress")
-
-WINDOW_SUFFIX = ".window"
 
 # Seeds of the random rotations, far enough apart for the groups of channels that count up from them.
 _KEY_SEED, _VALUE_SEED = 0, 100
@@ -365,13 +363,15 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             queries: [Q, Hq, D] in the model's dtype, or None.
         """
         layout = self._resolved.page_format.layout(self.head_size, kv_cache.shape[2])
-        offset = self._k_mean
-        if self._k_rotation is not None:
+        rotation, offset = self._k_rotation, self._k_mean
+        if self._gpu is not None:
+            rotation, offset = self._gpu.constants.k_rotation, self._gpu.constants.k_mean
+        if rotation is not None:
             if offset is not None:
-                offset = torch.einsum("hd,hde->he", offset.float(), self._k_rotation)
+                offset = torch.einsum("hd,hde->he", offset.float(), rotation.float())
             if queries is not None:
                 grouped = queries.float().unflatten(1, (self.num_kv_heads, -1))
-                queries = torch.einsum("thgd,hde->thge", grouped, self._k_rotation).flatten(1, 2)
+                queries = torch.einsum("thgd,hde->thge", grouped, rotation.float()).flatten(1, 2)
         compaction.compact(
             kv_cache.view(torch.uint8).flatten(2),
             layout,

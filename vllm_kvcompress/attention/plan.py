@@ -136,8 +136,7 @@ def _read_group(
     num_pages = -(-longest // page_tokens)
     positions = torch.arange(num_pages * page_tokens, device=device)
     table = metadata.block_table[requests][:, :num_pages].long()
-    # Null pages are evicted ones: their tokens are not read at all.
-    in_pages = (positions < lengths.unsqueeze(1)) & (table != 0).repeat_interleave(page_tokens, dim=1)
+    in_pages = positions < lengths.unsqueeze(1)
 
     if windows is None:
         window_blocks = window_offsets = tokens.new_empty(len(requests), 0)

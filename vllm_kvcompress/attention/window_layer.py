@@ -13,13 +13,13 @@ from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
     AttentionMetadata,
-    AttentionMetadataBuilder,
     CommonAttentionMetadata,
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_kvcompress.attention.gaps import ClosesGaps, Origin
 from vllm_kvcompress.attention.gpu_metadata import (
     HistoryGroup,
     StepPart,
@@ -27,6 +27,9 @@ from vllm_kvcompress.attention.gpu_metadata import (
     max_varlen_query_len,
 )
 from vllm_kvcompress.attention.windows import WindowSpec, make_window_spec
+
+WINDOW_SUFFIX = ".window"
+"""Of a companion's name, after its layer's"""
 
 
 @dataclass
@@ -38,6 +41,7 @@ class WindowMetadata(AttentionMetadata):
     slot_mapping: torch.Tensor
     """[num_tokens] int64; slots in block 0 and negative ones are not written"""
     block_size: int
+    origin: Origin | None = None
     _tables: dict[StepPart | HistoryGroup, torch.Tensor] = field(default_factory=dict)
     _slots: dict[StepPart, torch.Tensor] = field(default_factory=dict)
 
@@ -54,7 +58,7 @@ class WindowMetadata(AttentionMetadata):
         return self._slots[part]
 
 
-class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
+class WindowMetadataBuilder(ClosesGaps[WindowMetadata]):
     def __init__(
         self, kv_cache_spec: WindowSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
@@ -69,12 +73,10 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
     def get_varlen_cudagraph_max_query_len(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> int | None:
         return max_varlen_query_len(vllm_config)
 
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> WindowMetadata:
+    def make(self, common: CommonAttentionMetadata) -> WindowMetadata:
         return WindowMetadata(
-            block_table=common_attn_metadata.block_table_tensor,
-            slot_mapping=common_attn_metadata.slot_mapping,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
             block_size=self.kv_cache_spec.block_size,
         )
 

@@ -2,7 +2,7 @@
 """How eviction reaches the worker: a KV connector of vLLM's, for it is told of every request and rides on every step.
 
 Nothing is transferred. The scheduler's side reads what requests ask for and passes on what the block managers decided;
-the worker's side compacts pages before a step's forward pass and takes freed pages out of the step's tables.
+the worker's side compacts pages before a step's forward pass and takes freed pages out of the step's metadata.
 """
 
 from __future__ import annotations
@@ -58,11 +58,12 @@ class Order:
 class NullRange:
     """Pages [begin, end) of a request's row are gone, and its first pages are `head` where that is not empty.
 
-    The row begins with page `first` (or with `head`, once that is in it) and has page `tail` in place `tail_index`.
-    Rows of questions about one episode begin alike; a tail is one request's, but a page that was evicted stands in its
-    old row until that is nulled, and may be another's tail by then. `worker.match_rows` tells them apart.
+    The row begins with page `first` and has page `tail` in place `tail_index`. Rows of questions about one episode
+    begin alike; a tail is one request's, but a page that was evicted still stands in its old row, and may be another's
+    tail by now. `worker.match_rows` tells them apart where the runner does not say whose rows they are.
     """
 
+    request_id: str
     group: int
     first: int
     tail_index: int
@@ -148,6 +149,8 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         if policy.queries == "guide":
             queries = list(eviction.guide)
         elif isinstance(policy, SnapKV):
+            # Of tokens in flight the keys are there by then, but not yet the ids here.
+            num_tokens = min(num_tokens, len(request.all_token_ids))
             position = max(0, num_tokens - policy.window)
             queries = list(request.all_token_ids[position:num_tokens])
         return Order(group, tables, num_tokens, compaction.begin, compaction.end, targets, eviction, queries, position)
@@ -158,7 +161,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
             return None
         blocks = manager.req_to_blocks[request_id]
         first, head = manager.replaced(request_id)
-        return NullRange(group, first, len(blocks) - 1, blocks[-1].block_id, begin, end, head)
+        return NullRange(request_id, group, first, len(blocks) - 1, blocks[-1].block_id, begin, end, head)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens whose pages a stored episode has, without any being loaded."""
@@ -261,7 +264,9 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         for order in metadata.orders:
             self._worker.compact(order)
         if metadata.ranges:
-            self._worker.null(metadata.ranges, forward_context.attn_metadata)
+            # Where a whole step is one captured graph, the metadata is in no forward context.
+            step = kwargs.get("attn_metadata") or forward_context.attn_metadata
+            self._worker.close_gaps(metadata.ranges, step, kwargs.get("request_ids"))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return

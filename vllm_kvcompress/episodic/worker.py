@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's side of eviction: the guide prompt's forward pass, compaction, tables without freed pages."""
+"""The worker's side of eviction: the guide prompt's forward pass, compaction, steps without freed pages."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvcompress import compat
-from vllm_kvcompress.attention.backend import KVCompressMetadata
-from vllm_kvcompress.attention.pages import PageSpec
-from vllm_kvcompress.attention.window_layer import WindowMetadata
-from vllm_kvcompress.attention.windows import WindowSpec
-from vllm_kvcompress.checks import resolve
+from vllm_kvcompress.attention.gaps import ClosesGaps, Gap, close_gaps, to_device
+from vllm_kvcompress.attention.window_layer import WINDOW_SUFFIX
 from vllm_kvcompress.episodic.policies import POLICIES
 
 if TYPE_CHECKING:
@@ -26,26 +27,31 @@ class EvictionWorker:
         self._config = vllm_config
         self._groups = [(group.kv_cache_spec, group.layer_names) for group in kv_cache_config.kv_cache_groups]
         self._context = vllm_config.compilation_config.static_forward_context
+        self._pages_of = {
+            number: next(
+                other
+                for other, (_, layers) in enumerate(self._groups)
+                if names[0].removesuffix(WINDOW_SUFFIX) in layers
+            )
+            for number, (_, names) in enumerate(self._groups)
+        }
+        """Group of the pages that a group is, or is the windows of"""
 
     def compact(self, order: Order) -> None:
         """Evict from one group's layers; the pages are still as the step before left them."""
         spec, layers = self._groups[order.group]
         queries = self._run(order, layers) if order.queries else {}
-        table = order.tables[order.group]
-        pages_in_use = -(-order.num_tokens // spec.block_size)
-        null = range(order.eviction.budget_pages, order.begin)
-        live = [page for index, page in enumerate(table[:pages_in_use]) if index not in null]
-        num_slots = order.num_tokens - len(null) * spec.block_size
+        live = self._live(order, order.group)
+        null = order.begin - order.eviction.budget_pages
         device = self._config.device_config.device
-        table_tensor = torch.tensor(live, dtype=torch.int64, device=device)
-        targets = torch.tensor(order.targets, dtype=torch.int64, device=device)
+        table, targets = (to_device(pages, torch.int64, device) for pages in (live, order.targets))
         for name in layers:
             layer = self._context[name]
             layer.impl.compact(
                 layer.kv_cache,
-                table_tensor,
-                num_slots,
-                num_sources=order.end - len(null),
+                table,
+                order.num_tokens - null * spec.block_size,
+                num_sources=order.end - null,
                 targets=targets,
                 policy=POLICIES[order.eviction.policy],
                 protected_tokens=order.eviction.protected_tokens,
@@ -53,15 +59,37 @@ class EvictionWorker:
                 is_first=not null,
             )
 
-    def null(self, ranges: list[NullRange], attn_metadata: dict[str, Any]) -> None:
-        """Take freed pages out of the step's tables: the runner only ever appends to its rows."""
-        for group in sorted({item.group for item in ranges}):
-            metadata = attn_metadata[self._groups[group][1][0]]
-            table = metadata.block_table[: len(metadata.query_start_loc) - 1]  # padding may hold what is over
-            for item, row in match_rows(table, [item for item in ranges if item.group == group]):
-                table[row, item.begin : item.end] = 0
-                if item.head:
-                    table[row, : len(item.head)] = torch.tensor(item.head, dtype=table.dtype, device=table.device)
+    def close_gaps(
+        self, ranges: list[NullRange], attn_metadata: dict[str, Any], request_ids: Sequence[str] | None
+    ) -> None:
+        """Take freed pages out of the step's metadata.
+
+        Args:
+            request_ids: of the rows; None: the runner does not say.
+        """
+        for pages in sorted({item.group for item in ranges}):
+            page_tokens = self._groups[pages][0].block_size
+            metadata = attn_metadata[self._groups[pages][1][0]]
+            own = [item for item in ranges if item.group == pages]
+            if request_ids is None:
+                common = metadata.origin.common
+                rows = match_rows(common.block_table_tensor[: common.num_reqs], own)
+            else:
+                rows = [(item, request_ids.index(item.request_id)) for item in own]
+            gaps = [Gap(row, item.begin, item.end, item.tail_index + 1, item.head) for item, row in rows]
+            close_gaps(metadata, gaps, page_tokens)
+            gaps = [replace(gap, head=()) for gap in gaps]
+            for windows, of in self._pages_of.items():
+                if of == pages != windows:
+                    close_gaps(attn_metadata[self._groups[windows][1][0]], gaps, page_tokens)
+
+    def _live(self, order: Order, group: int) -> list[int]:
+        """Blocks of a group's table as they lie once the gap in the pages is closed; 0 where null."""
+        spec = self._groups[group][0]
+        page_tokens = self._groups[self._pages_of[group]][0].block_size
+        table = order.tables[group][: -(-order.num_tokens // spec.block_size)]
+        begin, end = (pages * page_tokens // spec.block_size for pages in (order.eviction.budget_pages, order.begin))
+        return table[:begin] + table[end:]
 
     def _run(self, order: Order, layers: list[str]) -> dict[str, torch.Tensor]:
         """Queries [Q, Hq, D] of every layer of a forward pass over the cache that leaves nothing behind in it."""
@@ -85,7 +113,7 @@ class EvictionWorker:
                 torch.inference_mode(),
             ):
                 model(
-                    input_ids=torch.tensor(order.queries, device=device),
+                    input_ids=to_device(order.queries, torch.int64, device),
                     positions=torch.arange(first, first + count, device=device),
                 )
         finally:
@@ -95,29 +123,33 @@ class EvictionWorker:
 
     def _metadata(self, order: Order, count: int) -> dict[str, Any]:
         """Attention metadata of one request with `count` new tokens that are not stored."""
-        resolved, device = resolve(self._config), self._config.device_config.device
-        nowhere = torch.full((count,), -1, dtype=torch.int64, device=device)
+        device = self._config.device_config.device
+        page_tokens = self._groups[order.group][0].block_size
+        length = order.position - (order.begin - order.eviction.budget_pages) * page_tokens + count
+        starts, lengths = (torch.tensor(x, dtype=torch.int32) for x in ([0, count], [length]))
         found: dict[str, Any] = {}
-        for number, (spec, layers) in enumerate(self._groups):
-            table = torch.tensor([order.tables[number]], dtype=torch.int32, device=device)
-            metadata: Any
-            if isinstance(spec, WindowSpec):
-                metadata = WindowMetadata(table, nowhere, spec.block_size)
-            else:
-                assert isinstance(spec, PageSpec)
-                metadata = KVCompressMetadata(
-                    num_actual_tokens=count,
-                    query_start_loc=torch.tensor([0, count], dtype=torch.int32),
-                    seq_lens=torch.tensor([order.position + count], dtype=torch.int32),
-                    block_table=table,
-                    slot_mapping=nowhere,
-                    page_tokens=spec.block_size,
-                    centres_pages=resolved.page_format.centring == "page",
-                    sink_tokens=resolved.sink_tokens,
-                    recent_tokens=resolved.recent_tokens,
-                )
-            found.update(dict.fromkeys(layers, metadata))
+        for number, (_, layers) in enumerate(self._groups):
+            common = CommonAttentionMetadata(
+                query_start_loc=to_device([0, count], torch.int32, device),
+                query_start_loc_cpu=starts,
+                seq_lens=to_device([length], torch.int32, device),
+                seq_lens_cpu_upper_bound=lengths,
+                num_reqs=1,
+                num_actual_tokens=count,
+                max_query_len=count,
+                max_seq_len=length,
+                block_table_tensor=to_device([self._live(order, number)], torch.int32, device),
+                slot_mapping=torch.full((count,), -1, dtype=torch.int64, device=device),
+            )
+            found.update(dict.fromkeys(layers, self._builder(number).make(common)))
         return found
+
+    @functools.cache  # noqa: B019  # as long as the worker
+    def _builder(self, group: int) -> ClosesGaps[Any]:
+        """A builder beside the runner's, whose metadata is not this step's."""
+        spec, layers = self._groups[group]
+        builder = self._context[layers[0]].get_attn_backend().get_builder_cls()
+        return builder(spec, layers, self._config, self._config.device_config.device)
 
 
 def match_rows(table: torch.Tensor, ranges: list[NullRange]) -> list[tuple[NullRange, int]]:
@@ -131,8 +163,7 @@ def match_rows(table: torch.Tensor, ranges: list[NullRange]) -> list[tuple[NullR
     """
     open_rows = {}
     for item in ranges:
-        firsts = [item.first, *item.head[:1]]
-        fits = torch.isin(table[:, 0], table.new_tensor(firsts)) & (table[:, item.tail_index] == item.tail)
+        fits = (table[:, 0] == item.first) & (table[:, item.tail_index] == item.tail)
         open_rows[item] = set(fits.nonzero().flatten().tolist())
     found = []
     while open_rows:
