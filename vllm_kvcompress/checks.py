@@ -83,21 +83,29 @@ def _folder(vllm_config: VllmConfig) -> Path | None:
 
 
 def check_config(vllm_config: VllmConfig) -> None:
-    """Refuse what cannot be served with our page formats; does nothing for other cache dtypes.
+    """Refuse what cannot be served with our page formats, or with eviction; does nothing for other engines.
 
-    The one change it makes: sliding-window layers keep their 16-bit cache (`sliding`).
+    The changes it makes: sliding-window layers keep their 16-bit cache (`sliding`), eviction gets its connector.
 
     Raises:
         KVCompressError: with the reason and the way out.
     """
-    if vllm_config.model_config is None or not is_ours(vllm_config.cache_config.cache_dtype):
+    if vllm_config.model_config is None:
         return
-    if load_settings(vllm_config.additional_config).episodic is not None:
+    ours, episodic = (
+        is_ours(vllm_config.cache_config.cache_dtype),
+        load_settings(vllm_config.additional_config).episodic,
+    )
+    if not ours and episodic is None:
+        return
+    if episodic is not None:
         _turn_on_eviction(vllm_config)
     for reason in unsupported_reasons(vllm_config):
         raise UnsupportedModelError(
             f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}: {reason}. Otherwise use --kv-cache-dtype auto."
         )
+    if not ours:
+        return
     _keep_sliding_windows(vllm_config)
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     resolved = resolve(vllm_config)
@@ -123,6 +131,8 @@ def check_config(vllm_config: VllmConfig) -> None:
     )
 
 
+PLAIN_DTYPES = ("auto", "bfloat16", "float16")
+"""Cache dtypes of vLLM's own whose pages may be evicted."""
 _CONNECTOR_MODULE = "vllm_kvcompress.episodic.connector"
 
 
@@ -142,7 +152,18 @@ def _turn_on_eviction(vllm_config: VllmConfig) -> None:
     total = model_config.get_total_num_hidden_layers()
     own = vllm_config.kv_transfer_config
     text_config: Any = model_config.hf_text_config
+    dtype, device = vllm_config.cache_config.cache_dtype, vllm_config.device_config.device_type
+    plain = dtype in PLAIN_DTYPES
     for wrong, reason in (
+        (
+            not plain and not is_ours(dtype),
+            f"eviction goes with --kv-cache-dtype auto and those of kvcompress, not with {dtype}",
+        ),
+        (
+            plain and device == "cpu" and not compat.cpu_cache_is_plain(vllm_config),
+            "eviction from 16-bit pages does not know the cache of this CPU's kernels; use a --kv-cache-dtype of "
+            "kvcompress or --dtype float32",
+        ),
         (
             own is not None and own.kv_connector_module_path != _CONNECTOR_MODULE,
             "eviction is a KV connector and there can be one; remove --kv-transfer-config and --kv-offloading-size",
@@ -175,14 +196,17 @@ def evicts(vllm_config: VllmConfig) -> bool:
 
 def eviction_defaults(vllm_config: VllmConfig) -> request.Defaults:
     """What requests that evict get where they say nothing. Only for engines with episodic settings."""
-    resolved, episodic = resolve(vllm_config), load_settings(vllm_config.additional_config).episodic
+    settings, cache_config = load_settings(vllm_config.additional_config), vllm_config.cache_config
+    episodic = settings.episodic
     assert episodic is not None
+    ours = is_ours(cache_config.cache_dtype)
+    sinks, recent = settings.windows(vllm_config.model_config.model)
     return request.Defaults(
         policy=episodic.policy,
         block_tokens=min(episodic.block_tokens, vllm_config.scheduler_config.max_num_batched_tokens),
-        page_tokens=_page_tokens(vllm_config),
-        sink_tokens=resolved.sink_tokens,
-        recent_tokens=resolved.recent_tokens,
+        page_tokens=_page_tokens(vllm_config) if ours else cache_config.block_size,
+        sink_tokens=sinks,
+        recent_tokens=recent if ours else 0,
         vocabulary=vllm_config.model_config.get_vocab_size(),
         max_model_len=vllm_config.model_config.max_model_len,
     )
@@ -197,11 +221,9 @@ def check_request(vllm_config: VllmConfig, params: SamplingParams) -> None:
     ours = [name for name in params.extra_args or () if name.startswith(request.PREFIX)]
     if not ours:
         return
-    if not is_ours(vllm_config.cache_config.cache_dtype) or (
-        load_settings(vllm_config.additional_config).episodic is None
-    ):
+    if not evicts(vllm_config):
         raise KVCompressError(
-            f"{ours[0]} needs a server that evicts: start it with a --kv-cache-dtype of kvcompress and "
+            f"{ours[0]} needs a server that evicts: start it with "
             '--additional-config \'{"kvcompress": {"episodic": {"budget": 4096}}}\''
         )
     request.parse(params.extra_args, eviction_defaults(vllm_config))

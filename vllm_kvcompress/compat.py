@@ -91,8 +91,10 @@ def _make_dtype_handler(name: str, mode: Any) -> type:
     return Handler
 
 
-def wrap_attention_backend_choice(is_ours: Callable[[str | None], bool], backend_path: Callable[[str], str]) -> None:
-    """Choose our backend where the cache dtype is ours; every other choice stays the platform's own.
+def wrap_attention_backend_choice(
+    is_ours: Callable[[str | None], bool], backend_path: Callable[[str], str], other: Callable[[str], str]
+) -> None:
+    """Choose our backend where the cache dtype is ours; every other choice of the platform goes through `other`.
 
     0.32, 0.33: platforms pick from closed lists that never try a third party's backend, and overriding an entry of
     the enum would capture users of other dtypes. Patched: `type(current_platform).get_attn_backend_cls`.
@@ -107,7 +109,7 @@ def wrap_attention_backend_choice(is_ours: Callable[[str | None], bool], backend
     @functools.wraps(original.__func__)
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, *args, **kwargs):
         if not is_ours(attn_selector_config.kv_cache_dtype):
-            return original.__func__(cls, selected_backend, attn_selector_config, *args, **kwargs)
+            return other(original.__func__(cls, selected_backend, attn_selector_config, *args, **kwargs))
         from vllm.utils.import_utils import resolve_obj_by_qualname
 
         path = backend_path(attn_selector_config.kv_cache_dtype)
@@ -330,6 +332,41 @@ def attention_spec(vllm_config: Any) -> Any:
         dtype=kv_cache_dtype_str_to_dtype(cache_config.cache_dtype, model_config),
         kv_quant_mode=get_kv_quant_mode(cache_config.cache_dtype),
     )
+
+
+PLAIN_BACKENDS = (
+    "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend",
+    "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend",
+)
+"""Backends whose 16-bit cache `plain_pages` knows."""
+
+
+def plain_pages(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [num_pages, H, page_tokens, D] in the cache of a layer with one of `PLAIN_BACKENDS`: views.
+
+    0.32, 0.33: the cache is [num_pages, H, page_tokens, 2 * D]. FlashAttention has a token's key before its value
+    (flash_attn.py, `FlashAttentionImpl.forward`). On the CPU a head's keys come before its values; the kernels for
+    vectors keep keys transposed (seen by writing one; cpu_attn.py shows the halves), those for AMX and Arm otherwise.
+    """
+    cache = layer.kv_cache
+    if layer.get_attn_backend().get_name() == "FLASH_ATTN":
+        keys, values = cache.split(layer.head_size, dim=-1)
+        return keys, values
+    pages, heads, page_tokens, width = cache.shape
+    keys, values = cache.view(pages, heads, 2, page_tokens * width // 2).unbind(2)
+    return keys.unflatten(-1, (width // 2, page_tokens)).mT, values.unflatten(-1, (page_tokens, width // 2))
+
+
+def cpu_cache_is_plain(vllm_config: Any) -> bool:
+    """Whether an engine on the CPU has the cache that `plain_pages` reads.
+
+    0.32, 0.33: vllm/v1/attention/backends/cpu_attn.py, `_get_attn_isa`, by which layers choose their kernels.
+    """
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
+    isa = _get_attn_isa(model_config.dtype, cache_config.block_size, model_config.get_head_size())
+    return isa in ("vec", "vec16")
 
 
 def fit_kv_cache(vllm_config: Any, specs: dict[str, Any], memory_bytes: int) -> tuple[Any, int]:

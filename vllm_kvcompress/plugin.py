@@ -15,7 +15,7 @@ def register() -> None:
 
     compat.check_version()
     compat.register_cache_dtypes(formats.format_names())
-    compat.wrap_attention_backend_choice(formats.is_ours, _backend_path)
+    compat.wrap_attention_backend_choice(formats.is_ours, _backend_path, _evicting_backend)
     compat.wrap_config_check(_check_config)
     compat.wrap_block_size_choice(formats.is_ours, _align_pages)
     compat.wrap_request_check(_check_request)
@@ -28,6 +28,12 @@ def _backend_path(cache_dtype: str) -> str:
     from vllm_kvcompress.attention.backend import backend_path
 
     return backend_path(cache_dtype)
+
+
+def _evicting_backend(path: str) -> str:
+    from vllm_kvcompress.attention.plain import evicting_backend
+
+    return evicting_backend(path)
 
 
 def _check_config(vllm_config) -> None:

@@ -150,6 +150,8 @@ def watch_positions(core) -> list[int]:
 
 def poison_evicted_pages(core) -> None:
     """Fill pages with 0xFF, NaN as a scale, from the moment that they are evicted: who reads them gives NaN."""
+    import torch
+
     from vllm_kvcompress.episodic.connector import EvictionConnector
 
     original = EvictionConnector.start_load_kv
@@ -160,7 +162,9 @@ def poison_evicted_pages(core) -> None:
         for order in self._get_connector_metadata().orders:
             freed = order.tables[order.group][order.begin : order.end]
             for name in self._worker._groups[order.group][1]:
-                context[name].kv_cache[freed] = 0xFF
+                cache = context[name].kv_cache
+                # vLLM's own kernels read what follows a page's last token, with weight 0: finite, but seen otherwise.
+                cache[freed] = 0xFF if cache.dtype == torch.uint8 else 100.0
 
     EvictionConnector.start_load_kv = start_load_kv
 

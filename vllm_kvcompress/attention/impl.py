@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,8 +103,6 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         self._clip_v: torch.Tensor | float = self._resolved.page_format.clip_v
         self._chooses_outliers = False
         """Whether the next tokens stored settle which channels are outliers"""
-        self.observe: Callable[[torch.Tensor], None] | None = None
-        """Sees the step's queries [T, Hq, D] where set: a guide prompt's score what a request may forget"""
         self._gpu: GpuAttention | None = None
         """None: the torch path serves"""
         self._layer: AttentionLayerBase | None = None
@@ -305,8 +302,6 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             if self._gpu is not None:
                 self._prepare_gpu(self._gpu)
             return output.zero_()
-        if self.observe is not None:
-            self.observe(query)
         windows: WindowMetadata | None = None
         window_cache: torch.Tensor | None = None
         if self._window is not None:

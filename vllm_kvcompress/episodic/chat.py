@@ -33,7 +33,6 @@ from vllm_kvcompress.episodic.segment import chat_utterances, content_text
 from vllm_kvcompress.episodic.settings import EpisodicSettings
 from vllm_kvcompress.episodic.template import ChatTemplate, Message, common_tokens
 from vllm_kvcompress.errors import KVCompressError
-from vllm_kvcompress.formats import is_ours
 from vllm_kvcompress.rotations import model_folder
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -73,7 +72,7 @@ class EpisodicChat:
     ) -> None:
         """
         Args:
-            llm: a `vllm.LLM` with a KV cache dtype of this package and `episodic` settings.
+            llm: a `vllm.LLM` with `episodic` settings.
             settings: of this conversation; default: the engine's.
             salt: the tenant's `cache_salt`; conversations of different salts share no pages.
             embedder: of windows and questions; default: the one that the settings name.
@@ -84,11 +83,9 @@ class EpisodicChat:
         self._llm = llm
         self._config = llm.llm_engine.vllm_config
         engine_settings = load_settings(self._config.additional_config).episodic
-        dtype = self._config.cache_config.cache_dtype
-        if not is_ours(dtype) or engine_settings is None:
+        if engine_settings is None:
             raise KVCompressError(
-                f"EpisodicChat needs an engine that evicts, this one has kv_cache_dtype={dtype!r} and "
-                f"{'no ' if engine_settings is None else ''}episodic settings. Start it with "
+                "EpisodicChat needs an engine that evicts, this one has no episodic settings. Start it with "
                 'LLM(MODEL, kv_cache_dtype="oscar-int2", '
                 'additional_config={"kvcompress": {"episodic": {"budget": 4096}}})'
             )

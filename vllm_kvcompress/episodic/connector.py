@@ -25,8 +25,10 @@ from vllm_kvcompress.checks import eviction_defaults
 from vllm_kvcompress.episodic.policies import POLICIES, SnapKV
 from vllm_kvcompress.episodic.request import Eviction, Wanted, parse
 from vllm_kvcompress.episodic.store import EpisodeStore, Kept, digest
+from vllm_kvcompress.formats import is_ours
 
 if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
@@ -52,6 +54,8 @@ class Order:
     """token ids whose queries score; empty if none"""
     position: int
     """of the first of them"""
+    scratch: list[int]
+    """ids of pages for the keys and values of a guide where attention reads those from pages alone; else empty"""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,9 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._defaults = eviction_defaults(vllm_config)
+        self._reads_pages_alone = not is_ours(vllm_config.cache_config.cache_dtype)
+        self._scratch: list[KVCacheBlock] = []
+        """Blocks of `Order.scratch`, held while a request may need them"""
         self._requests: dict[str, tuple[Request, Wanted]] = {}
         self._reused: dict[str, int] = {}
         """Tokens that a request took over from a stored episode"""
@@ -153,7 +160,10 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
             num_tokens = min(num_tokens, len(request.all_token_ids))
             position = max(0, num_tokens - policy.window)
             queries = list(request.all_token_ids[position:num_tokens])
-        return Order(group, tables, num_tokens, compaction.begin, compaction.end, targets, eviction, queries, position)
+        scratch = [block.block_id for block in self._scratch] if policy.queries == "guide" else []
+        return Order(
+            group, tables, num_tokens, compaction.begin, compaction.end, targets, eviction, queries, position, scratch
+        )
 
     def _null_range(self, group: int, manager: PageManager, request_id: str) -> NullRange | None:
         begin, end = manager.evicted(request_id)
@@ -166,7 +176,12 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens whose pages a stored episode has, without any being loaded."""
         _, wanted = self._requests.get(request.request_id, (None, None))
-        if wanted is None or wanted.episode is None:
+        if wanted is None:
+            return 0, False
+        if not self._has_scratch(wanted):
+            request.skip_reading_prefix_cache = False  # or vLLM would take this for no tokens
+            return None, False  # at another step
+        if wanted.episode is None:
             return 0, False
         assert self._store is not None and self._kv_cache_manager is not None
         entry = self._store.find(wanted.episode, request.all_token_ids, request.cache_salt, wanted.eviction)
@@ -183,6 +198,19 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         # vLLM reads no prefix cache for it, and has not; nor would it take these (`_settle` sets it again).
         request.skip_reading_prefix_cache = False
         return entry.num_tokens, False
+
+    def _has_scratch(self, wanted: Wanted) -> bool:
+        """Whether the pages for the request's guide are there; takes them from the pool once they are needed."""
+        if not self._reads_pages_alone or not wanted.eviction.guide or self._scratch:
+            return True
+        assert self._kv_cache_manager is not None and self._store is not None
+        pool = self._kv_cache_manager.block_pool
+        needed = -(-self._defaults.block_tokens // self._defaults.page_tokens) + 1
+        self._store.make_room(needed)
+        if pool.get_num_free_blocks() < needed:
+            return False
+        self._scratch = pool.get_new_blocks(needed)
+        return True
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
         if request.request_id in self._requests:
@@ -204,6 +232,10 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         if found is None:
             return False, None
         wanted = found[1]
+        if self._scratch and not any(other.eviction.guide for _, other in self._requests.values()):
+            assert self._kv_cache_manager is not None
+            self._kv_cache_manager.block_pool.free_blocks(self._scratch)
+            self._scratch = []
         report = {"reused_tokens": reused, "pages": self._pages(request.request_id)}
         if wanted.keep is not None and request.status in _COMPLETE:
             report["kept_tokens"] = self._keep(request, wanted)

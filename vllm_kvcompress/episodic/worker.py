@@ -13,12 +13,13 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvcompress import compat
+from vllm_kvcompress.attention import plain
 from vllm_kvcompress.attention.gaps import ClosesGaps, Gap, close_gaps, to_device
+from vllm_kvcompress.attention.impl import KVCompressImpl
 from vllm_kvcompress.attention.window_layer import WINDOW_SUFFIX
 from vllm_kvcompress.episodic.policies import POLICIES
 
 if TYPE_CHECKING:
-    from vllm_kvcompress.attention.impl import KVCompressImpl
     from vllm_kvcompress.episodic.connector import NullRange, Order
 
 
@@ -47,17 +48,18 @@ class EvictionWorker:
         table, targets = (to_device(pages, torch.int64, device) for pages in (live, order.targets))
         for name in layers:
             layer = self._context[name]
-            layer.impl.compact(
-                layer.kv_cache,
-                table,
-                order.num_tokens - null * spec.block_size,
-                num_sources=order.end - null,
-                targets=targets,
-                policy=POLICIES[order.eviction.policy],
-                protected_tokens=order.eviction.protected_tokens,
-                queries=queries.get(name),
-                is_first=not null,
-            )
+            arguments = {
+                "num_sources": order.end - null,
+                "targets": targets,
+                "policy": POLICIES[order.eviction.policy],
+                "protected_tokens": order.eviction.protected_tokens,
+                "queries": queries.get(name),
+            }
+            num_slots = order.num_tokens - null * spec.block_size
+            if isinstance(layer.impl, KVCompressImpl):
+                layer.impl.compact(layer.kv_cache, table, num_slots, **arguments, is_first=not null)
+            else:
+                plain.compact(layer, table, num_slots, **arguments)
 
     def close_gaps(
         self, ranges: list[NullRange], attn_metadata: dict[str, Any], request_ids: Sequence[str] | None
@@ -95,21 +97,18 @@ class EvictionWorker:
         """Queries [Q, Hq, D] of every layer of a forward pass over the cache that leaves nothing behind in it."""
         count, device = len(order.queries), self._config.device_config.device
         found: dict[str, torch.Tensor] = {}
-        observed: list[KVCompressImpl] = []
-        for name in layers:
-            impl = self._context[name].impl
 
-            def keep(query: torch.Tensor, name: str = name) -> None:
-                found[name] = query.detach().clone()
+        def keep(name: str, layer: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+            found[name] = arguments[0].detach().view(count, -1, layer.head_size).clone()
 
-            impl.observe = keep
-            observed.append(impl)
+        hooks = [self._context[name].register_forward_pre_hook(functools.partial(keep, name)) for name in layers]
         model = compat.loaded_model(self._config)
         # A guide may not reach past the last position that RoPE has a phase for: it then begins somewhat earlier.
         first = max(0, min(order.position, self._config.model_config.max_model_len - count))
+        metadata, slots = self._metadata(order, count)
         try:
             with (
-                set_forward_context(self._metadata(order, count), self._config, num_tokens=count, skip_compiled=True),
+                set_forward_context(metadata, self._config, num_tokens=count, slot_mapping=slots, skip_compiled=True),
                 torch.inference_mode(),
             ):
                 model(
@@ -117,18 +116,26 @@ class EvictionWorker:
                     positions=torch.arange(first, first + count, device=device),
                 )
         finally:
-            for impl in observed:
-                impl.observe = None
+            for hook in hooks:
+                hook.remove()
         return found
 
-    def _metadata(self, order: Order, count: int) -> dict[str, Any]:
-        """Attention metadata of one request with `count` new tokens that are not stored."""
+    def _metadata(self, order: Order, count: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """By layer, attention metadata and slots of one request with `count` new tokens, stored in scratch alone."""
         device = self._config.device_config.device
         page_tokens = self._groups[order.group][0].block_size
         length = order.position - (order.begin - order.eviction.budget_pages) * page_tokens + count
         starts, lengths = (torch.tensor(x, dtype=torch.int32) for x in ([0, count], [length]))
+        slots = [-1] * count
         found: dict[str, Any] = {}
+        found_slots: dict[str, torch.Tensor] = {}
         for number, (_, layers) in enumerate(self._groups):
+            table = self._live(order, number)
+            if order.scratch:
+                # Behind what there is: the rest of the last page, which this step writes over, then scratch.
+                table = table + order.scratch
+                places = range(length - count, length)
+                slots = [table[at // page_tokens] * page_tokens + at % page_tokens for at in places]
             common = CommonAttentionMetadata(
                 query_start_loc=to_device([0, count], torch.int32, device),
                 query_start_loc_cpu=starts,
@@ -138,11 +145,12 @@ class EvictionWorker:
                 num_actual_tokens=count,
                 max_query_len=count,
                 max_seq_len=length,
-                block_table_tensor=to_device([self._live(order, number)], torch.int32, device),
-                slot_mapping=torch.full((count,), -1, dtype=torch.int64, device=device),
+                block_table_tensor=to_device([table], torch.int32, device),
+                slot_mapping=to_device(slots, torch.int64, device),
             )
             found.update(dict.fromkeys(layers, self._builder(number).make(common)))
-        return found
+            found_slots.update(dict.fromkeys(layers, common.slot_mapping))
+        return found, found_slots
 
     @functools.cache  # noqa: B019  # as long as the worker
     def _builder(self, group: int) -> ClosesGaps[Any]:

@@ -55,9 +55,7 @@ def compact(
     keys, values = (x.permute(0, 2, 1, 3).flatten(0, 1)[:num_slots] for x in read_pages(pages[table], layout))
     scored = keys if key_offset is None else keys + key_offset
     sources, budget = num_sources * layout.page_tokens, len(targets) * layout.page_tokens
-    scores = policy.score(Layer(scored, queries, scale))[:, :sources]
-    recent = max(0, policy.recent(budget) - (num_slots - sources))
-    kept = select(scores, budget, always_kept(sources, budget, leading=protected_tokens, recent=recent))
+    kept = choose(scored, sources, budget, policy, protected_tokens, queries, scale)
     before = page_fields(pages[table[:num_sources]], layout)  # a copy, for sources and targets overlap
     after = page_fields(pages, layout)
     unchanged = torch.ones_like(kept, dtype=torch.bool)
@@ -78,6 +76,22 @@ def compact(
         for old, new in zip(_regions(source), _regions(destination), strict=True):
             _move(old, new, targets, kept, where)
     return kept
+
+
+def choose(
+    keys: torch.Tensor,
+    sources: int,
+    budget: int,
+    policy: Policy,
+    protected_tokens: int,
+    queries: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """[H, budget] int64: which of the first `sources` slots of keys [T, H, D] are kept, ascending."""
+    scores = policy.score(Layer(keys, queries, scale))[:, :sources]
+    recent = max(0, policy.recent(budget) - (len(keys) - sources))
+    protected = always_kept(sources, budget, leading=protected_tokens, recent=recent, device=keys.device)
+    return select(scores, budget, protected)
 
 
 def _regions(rows: RowFields) -> list[torch.Tensor]:

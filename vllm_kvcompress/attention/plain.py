@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""16-bit pages that requests may evict: vLLM's own attention and cache under our block manager.
+
+For `--kv-cache-dtype auto` with episodic settings. The backend that vLLM chose stays; a subclass of it gives its layers
+the spec of our pages and builds steps again without what was evicted (`gaps`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+
+from vllm_kvcompress import compat
+from vllm_kvcompress.attention.gaps import ClosesGaps
+from vllm_kvcompress.attention.pages import PageSpec
+from vllm_kvcompress.checks import evicts
+from vllm_kvcompress.episodic.policies import Policy
+from vllm_kvcompress.errors import UnsupportedModelError
+from vllm_kvcompress.kernels.compaction import choose
+
+
+def evicting_backend(path: str) -> str:
+    """Qualified name of the backend to take where vLLM chose `path`: another one in engines that evict.
+
+    Raises:
+        UnsupportedModelError: a backend whose cache we cannot read.
+    """
+    config = get_current_vllm_config_or_none()
+    if config is None or not evicts(config):
+        return path
+    if path not in compat.PLAIN_BACKENDS:
+        known = ", ".join(name.rsplit(".", 1)[-1] for name in compat.PLAIN_BACKENDS)
+        raise UnsupportedModelError(
+            f"eviction with --kv-cache-dtype {config.cache_config.cache_dtype} needs one of {known}, not {path}. "
+            'Choose another --attention-backend, or remove "episodic" from the kvcompress settings.'
+        )
+    return f"{__name__}.Evicting{path.rsplit('.', 1)[-1]}"
+
+
+def __getattr__(name: str) -> Any:
+    """`Evicting...`: vLLM resolves backends by name, in every process anew."""
+    for path in compat.PLAIN_BACKENDS:
+        if name == f"Evicting{path.rsplit('.', 1)[-1]}":
+            found = globals()[name] = _evicting(resolve_obj_by_qualname(path), name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _evicting(base: Any, name: str) -> type:
+    built_by = base.get_builder_cls()
+
+    class Builder(ClosesGaps, built_by):
+        def make(self, common: CommonAttentionMetadata) -> Any:
+            # No prefix in common: who shares one may have evicted different parts of it.
+            return built_by.build(self, 0, common)
+
+    class Backend(base):
+        @staticmethod
+        def get_builder_cls() -> type:
+            return Builder
+
+        @classmethod
+        def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+            assert isinstance(spec, FullAttentionSpec)
+            return PageSpec.of(super().customize_spec(spec))
+
+    Backend.__name__ = Backend.__qualname__ = name
+    Backend.__module__ = __name__
+    return Backend
+
+
+def compact(
+    layer: Any,
+    table: torch.Tensor,
+    num_slots: int,
+    *,
+    num_sources: int,
+    targets: torch.Tensor,
+    policy: Policy,
+    protected_tokens: int,
+    queries: torch.Tensor | None,
+) -> None:
+    """As `compaction.compact`, of the cache of a layer with one of vLLM's own backends. Waits for the device."""
+    caches = compat.plain_pages(layer)
+    page_tokens = caches[0].shape[2]
+    keys, values = (cache[table].transpose(1, 2).flatten(0, 1)[:num_slots] for cache in caches)
+    kept = choose(
+        keys.float(),
+        num_sources * page_tokens,
+        len(targets) * page_tokens,
+        policy,
+        protected_tokens,
+        queries,
+        layer.impl.scale,
+    )
+    index = kept.T.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
+    for cache, rows in zip(caches, (keys, values), strict=True):
+        cache[targets] = rows.gather(0, index).unflatten(0, (len(targets), page_tokens)).transpose(1, 2)
