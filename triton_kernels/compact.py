@@ -67,8 +67,9 @@ def compact(
     _gather_rows(pages, layout, table, kept, staged, None)
     fields = page_fields(staged, layout)
     if fields.k_mean is not None:
-        means = page_fields(pages[table[:num_sources]], layout).k_mean
-        assert means is not None
+        all_means = page_fields(pages, layout).k_mean
+        assert all_means is not None
+        means = all_means[table[:num_sources]]
         common, own = means[0], means.transpose(0, 1)
         keys = _survivors(staged, layout, own, kept, sketch)
         if is_first:

@@ -183,10 +183,7 @@ ROWS = {
         lambda: compact("oscar-int2", 128, "epicache"),
         lambda: compact("oscar-int2", 96, "snapkv", group=7, budget=20),
         lambda: compact("oscar-int2-static", 256, "keydiff", offset=True),
-        lambda: compact("int2", 64, "epicache", group=1),
-        lambda: compact("turboquant-4", 256, "snapkv", budget=3),
-        lambda: compact("turboquant-3.5", 64, "keydiff"),
-        lambda: compact("turboquant-2.5-qjl", 96, "epicache", group=16),
+        lambda: compact("turboquant-2.5-qjl", 64, "epicache", group=16),
         lambda: compact("oscar-int2-qjl", 256, "epicache", budget=3),
     ],
     "merge": [

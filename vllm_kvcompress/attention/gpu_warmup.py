@@ -21,8 +21,8 @@ from vllm_kvcompress.attention.gpu import GpuAttention
 from vllm_kvcompress.attention.gpu_metadata import make_metadata
 from vllm_kvcompress.attention.window_layer import WindowMetadata
 from vllm_kvcompress.episodic.policies import POLICIES, Policy
+from vllm_kvcompress.episodic.request import OFFERED
 from vllm_kvcompress.formats.base import PageLayout
-from vllm_kvcompress.triton_kernels.score import SCORERS
 
 logger = logging.getLogger("vllm.kvcompress")
 
@@ -67,9 +67,8 @@ def warm_up_eviction(attention: GpuAttention, layout: PageLayout) -> None:
     _done.add(kind)
     started = time.perf_counter()
     smallest, *others = sorted({-(-tokens // layout.page_tokens) for tokens in _BUDGETS})
-    for policy in POLICIES.values():
-        if type(policy) in SCORERS:
-            run_eviction(attention, layout, policy, smallest)
+    for name in OFFERED:
+        run_eviction(attention, layout, POLICIES[name], smallest)
     for budget in others:  # only what is written depends on it
         run_eviction(attention, layout, POLICIES["streaming"], budget)
     torch.cuda.synchronize(attention.device)
