@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""History out of pages and 16-bit windows as dense fp16 keys and values, for a dense attention kernel. The torch
+"""History out of pages and 16-bit windows as dense keys and values, for dense attention and for scoring. The torch
 reference is `formats.base.read_pages` with the read rule of `kernels.reference`.
 """
 
@@ -50,7 +50,7 @@ def gather_history(
     cu_history: torch.Tensor,
     first_token: int,
     keys: torch.Tensor,
-    values: torch.Tensor,
+    values: torch.Tensor | None,
     *,
     tile_tokens: int,
     window_cache: torch.Tensor | None,
@@ -71,7 +71,8 @@ def gather_history(
         seq_lens: [R] int32: history plus new tokens; query_start_loc: [R + 1] int32.
         cu_history: [R + 1] int32. Rows from the capacity on are not written.
         first_token: a multiple of the page.
-        keys, values: [capacity, H, D] float16, contiguous, written in cache space.
+        keys: [capacity, H, D] float16 or float32, contiguous, written in cache space. values: the same, or None: left
+            out.
         tile_tokens: a multiple of the page.
         window_cache: [num_blocks, H, block, 4 * D] uint8 or None; window_table: [R, max_blocks] int32, 0 = no block.
         window_dtype: bfloat16 or float16.
@@ -86,17 +87,19 @@ def gather_history(
         window_cache, window_table, window_dtype, layout
     )
     heads, requests = pages.shape[1], seq_lens.shape[0]
-    for x in (keys, values):
-        if x.dtype != torch.float16 or x.shape[1:] != (heads, layout.head_dim) or not x.is_contiguous():
+    dense = [keys] if values is None else [keys, values]
+    for x in dense:
+        is_float = x.dtype == keys.dtype and x.dtype in (torch.float16, torch.float32)
+        if not is_float or x.shape[1:] != (heads, layout.head_dim) or not x.is_contiguous():
             raise ValueError(
-                f"keys and values must be contiguous float16 [capacity, {heads}, {layout.head_dim}], got {x.dtype} "
-                f"{list(x.shape)} with strides {x.stride()}"
+                f"keys and values must be contiguous float16 or float32 [capacity, {heads}, {layout.head_dim}], got "
+                f"{x.dtype} {list(x.shape)} with strides {x.stride()}"
             )
     if tile_tokens % layout.page_tokens or first_token % layout.page_tokens:
         raise ValueError(f"tiles are whole pages of {layout.page_tokens} tokens, got {first_token} + {tile_tokens}")
     if block_table.stride(1) != 1 or (window_table is not None and window_table.stride(1) != 1):
         raise ValueError("rows of block_table and window_table must be contiguous")
-    capacity = min(keys.shape[0], values.shape[0])
+    capacity = min(x.shape[0] for x in dense)
     if requests == 0 or tile_tokens == 0 or capacity == 0:
         return
     block_t = 32
@@ -128,7 +131,7 @@ def gather_history(
     )
 
 
-@triton.jit(do_not_specialize=["capacity", "first_position", "sink_tokens", "recent_tokens"])
+@triton.jit(do_not_specialize=["table_stride", "capacity", "first_position", "sink_tokens", "recent_tokens"])
 def _gather_kernel(
     pages_ptr,
     page_stride,
@@ -168,8 +171,10 @@ def _gather_kernel(
 
     Args:
         window_ptr, K_MEAN: None without windows, without page means. sketch_ptr, SIGNS, SIGN_NORMS: without signs.
+        values_ptr: None where keys are all that is wanted.
         K_PARTS, V_PARTS: of `_paged.row_parts`.
     """
+    dtype: tl.constexpr = keys_ptr.dtype.element_ty
     kv_head = tl.program_id(0)
     in_tile = tl.program_id(1) * BLOCK_T
     request = tl.program_id(2)
@@ -195,20 +200,23 @@ def _gather_kernel(
     if TWO_BIT:  # whole rows at once, tuned and measured; the others go by parts and chunks of them
         # Masked, all is zero, and so is what they make of it.
         k_scale, k_zero = load_scales(head_ptr, K_PARTS[0][SCALES], in_page, read)
-        v_scale, v_zero = load_scales(head_ptr, V_PARTS[0][SCALES], in_page, read)
+        if values_ptr is not None:
+            v_scale, v_zero = load_scales(head_ptr, V_PARTS[0][SCALES], in_page, read)
         quads = tl.arange(0, BLOCK_D // 4)
         codes = in_page[:, None] * (D // 4) + quads[None, :]
         code_mask = exists & (quads < D // 4)[None, :]
         k = _dequantise(tl.load(head_ptr + K_PARTS[0][CODES] + codes, mask=code_mask, other=0), k_scale, k_zero)
-        v = _dequantise(tl.load(head_ptr + V_PARTS[0][CODES] + codes, mask=code_mask, other=0), v_scale, v_zero)
+        if values_ptr is not None:
+            v = _dequantise(tl.load(head_ptr + V_PARTS[0][CODES] + codes, mask=code_mask, other=0), v_scale, v_zero)
         channels = tl.arange(0, BLOCK_D)
         in_channels = channels < D
         if K_MEAN is not None:
             mean_ptr = (head_ptr + K_MEAN).to(tl.pointer_type(tl.float16), bitcast=True)
             mean = tl.load(mean_ptr + channels, mask=exists & in_channels, other=0.0)
             k += mean.to(tl.float32)[None, :]
-        k = cast(k, tl.float16)
-        v = cast(v, tl.float16)
+        k = cast(k, dtype)
+        if values_ptr is not None:
+            v = cast(v, dtype)
         if window_ptr is not None and touches_window:
             windowed = is_windowed(positions, history, sink_tokens, recent_tokens)
             block = tl.load(window_row + positions // WINDOW_BLOCK, mask=windowed, other=0)
@@ -216,11 +224,13 @@ def _gather_kernel(
             kv = kv[:, None] + channels[None, :]
             has_block = (block != 0)[:, None]
             kv_mask = has_block & in_channels[None, :]
-            k = tl.where(has_block, cast(tl.load(kv, mask=kv_mask, other=0.0), tl.float16), k)
-            v = tl.where(has_block, cast(tl.load(kv + D, mask=kv_mask, other=0.0), tl.float16), v)
+            k = tl.where(has_block, cast(tl.load(kv, mask=kv_mask, other=0.0), dtype), k)
+            if values_ptr is not None:
+                v = tl.where(has_block, cast(tl.load(kv + D, mask=kv_mask, other=0.0), dtype), v)
         mask = _both(is_written, in_channels)
         tl.store(keys_ptr + offsets[:, None] + channels[None, :], k, mask=mask)
-        tl.store(values_ptr + offsets[:, None] + channels[None, :], v, mask=mask)
+        if values_ptr is not None:
+            tl.store(values_ptr + offsets[:, None] + channels[None, :], v, mask=mask)
     else:
         exact_rows = None
         has_block = None
@@ -250,23 +260,24 @@ def _gather_kernel(
                     k += mean.to(tl.float32)[None, :]
                 if SIGNS is not None:
                     k += _residuals(signs, sign_norms, sketch_ptr, channels, in_chunk, D, BLOCK_D)
-                k = cast(k, tl.float16)
+                k = cast(k, dtype)
                 if window_ptr is not None and touches_window:
                     exact = tl.load(exact_rows[:, None] + channels[None, :], mask=_both(has_block, in_chunk), other=0.0)
-                    k = tl.where(has_block[:, None], cast(exact, tl.float16), k)
+                    k = tl.where(has_block[:, None], cast(exact, dtype), k)
                 tl.store(keys_ptr + offsets[:, None] + channels[None, :], k, mask=_both(is_written, in_chunk))
-        for p in tl.static_range(len(V_PARTS)):
-            words = load_part(head_ptr, in_page, exists, V_PARTS, p)
-            scale, middle = load_part_scales(head_ptr, in_page, read, V_AFFINE, V_PARTS, p)
-            for c in tl.static_range(len(words)):
-                v = cast(_values(words[c], scale, middle, V_PARTS, p, c), tl.float16)
-                channels, in_chunk = _chunk_channels(V_PARTS, p, c)
-                if window_ptr is not None and touches_window:
-                    exact = tl.load(
-                        exact_rows[:, None] + D + channels[None, :], mask=_both(has_block, in_chunk), other=0.0
-                    )
-                    v = tl.where(has_block[:, None], cast(exact, tl.float16), v)
-                tl.store(values_ptr + offsets[:, None] + channels[None, :], v, mask=_both(is_written, in_chunk))
+        if values_ptr is not None:
+            for p in tl.static_range(len(V_PARTS)):
+                words = load_part(head_ptr, in_page, exists, V_PARTS, p)
+                scale, middle = load_part_scales(head_ptr, in_page, read, V_AFFINE, V_PARTS, p)
+                for c in tl.static_range(len(words)):
+                    v = cast(_values(words[c], scale, middle, V_PARTS, p, c), dtype)
+                    channels, in_chunk = _chunk_channels(V_PARTS, p, c)
+                    if window_ptr is not None and touches_window:
+                        exact = tl.load(
+                            exact_rows[:, None] + D + channels[None, :], mask=_both(has_block, in_chunk), other=0.0
+                        )
+                        v = tl.where(has_block[:, None], cast(exact, dtype), v)
+                    tl.store(values_ptr + offsets[:, None] + channels[None, :], v, mask=_both(is_written, in_chunk))
 
 
 @triton.jit

@@ -17,10 +17,12 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvcompress import compat
 from vllm_kvcompress.attention import gpu as gpu_module
+from vllm_kvcompress.attention import gpu_warmup
 from vllm_kvcompress.attention.gpu import GpuAttention, Limits, layer_constants
 from vllm_kvcompress.attention.gpu_metadata import make_metadata
-from vllm_kvcompress.attention.gpu_warmup import run_step
+from vllm_kvcompress.attention.gpu_warmup import run_eviction, run_step
 from vllm_kvcompress.attention.window_layer import WindowMetadata
+from vllm_kvcompress.episodic.policies import POLICIES
 from vllm_kvcompress.formats import format_names, get_format
 from vllm_kvcompress.formats.base import read_pages, sketch_matrix, write_tokens
 from vllm_kvcompress.kernels import cuda_ops
@@ -476,6 +478,47 @@ def test_made_up_steps_of_the_warm_up_run(flash, window_block):
     for new, history, length in (([1, 1], [1, 1], 300), ([5, 6], [0, 300], 500)):
         out = run_step(step.attention, step.layout, window_block, 500, new, history, length)
         assert not torch.isnan(out).any()
+
+
+@pytest.mark.parametrize("flash", [False, True], ids=["pages", "flash"])
+def test_evictions_happen_in_cache_space(flash, monkeypatch):
+    """Queries and the static mean are rotated as keys are, scratch serves; what follows has `test_compact.py`."""
+    seen = []
+
+    def compact(*args, **kwargs):
+        seen.append((args, kwargs))
+        return compact_rows(*args, **kwargs)
+
+    compact_rows = gpu_module.compact
+    monkeypatch.setattr(gpu_module, "compact", compact)
+    step = Step([(300, 1)], name="oscar-int2-static", flash=TorchFlash() if flash else None)
+    queries = torch.randn(40, 6, 64).to(step.dtype)
+    table = step.table[0].long().to(DEVICE)
+    kept = step.attention.compact(
+        step.pages.clone().to(DEVICE), step.layout, table, 300, num_sources=2, targets=table[:1],
+        policy=POLICIES["epicache"], protected_tokens=3, queries=queries.to(DEVICE), is_first=True,
+    )  # fmt: skip
+    assert kept.shape == (2, PAGE)
+    ((args, kwargs),) = seen
+    rotation = step.k_rotation.double()
+    # Queries and rotation are rounded to fp16, and their product is.
+    wanted = torch.einsum("tgd,gde->tge", queries.double(), rotation.repeat_interleave(3, 0))
+    assert args[8].dtype == torch.float16
+    torch.testing.assert_close(
+        args[8].cpu().double(), wanted, rtol=2**-10, atol=2**-10 * float(queries.norm(dim=-1).max())
+    )
+    wanted = torch.einsum("hd,hde->he", step.k_mean.double(), rotation)
+    torch.testing.assert_close(
+        args[9].cpu().double(), wanted, rtol=0, atol=2**-11 * float(step.k_mean.norm(dim=-1).max())
+    )
+    assert kwargs["workspace"].shape == (2 * PAGE, 2, 64)
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "keydiff"])
+def test_made_up_evictions_of_the_warm_up_run(policy, monkeypatch):
+    monkeypatch.setattr(gpu_warmup, "_QUERIES", 64)
+    step = Step([(5, 1)], heads=1, flash=TorchFlash())
+    assert run_eviction(step.attention, step.layout, POLICIES[policy], 1).shape == (1, PAGE)
 
 
 def test_scratch_comes_from_vllm_where_it_keeps_some(monkeypatch):

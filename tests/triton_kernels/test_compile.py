@@ -109,6 +109,30 @@ def gather(name, dim, window_dtype=torch.bfloat16, windows=True):
     )
 
 
+def compact(name, dim, policy, group=GROUP, budget=1, offset=False):
+    from vllm_kvcompress.episodic.policies import POLICIES
+    from vllm_kvcompress.formats import get_format
+    from vllm_kvcompress.triton_kernels.compact import compact
+
+    layout = get_format(name).layout(dim, 128)
+    compact(
+        torch.zeros(2, HEADS, layout.head_bytes, dtype=torch.uint8),
+        layout,
+        torch.ones(budget + 1, dtype=torch.int64),
+        budget * 128 + 100,
+        budget,
+        torch.ones(budget, dtype=torch.int64),
+        POLICIES[policy],
+        0,
+        torch.empty(64, HEADS * group, dim, dtype=torch.float16),
+        torch.empty(HEADS, dim) if offset else None,
+        0.1,
+        True,
+        workspace=torch.empty(1024, HEADS, dim, dtype=torch.float16),
+        sketch=torch.empty(dim, dim, dtype=torch.float16) if layout.keys.signs is not None else None,
+    )
+
+
 def merge(dim, dtype, rotated=True):
     from vllm_kvcompress.triton_kernels.merge import merge_states
 
@@ -154,6 +178,13 @@ ROWS = {
         lambda: gather("turboquant-3.5", 96, windows=False),
         lambda: gather("turboquant-2.5-qjl", 64),
         lambda: gather("oscar-int2-qjl", 256, windows=False),
+    ],
+    "compact": [
+        lambda: compact("oscar-int2", 128, "epicache"),
+        lambda: compact("oscar-int2", 96, "snapkv", group=7, budget=20),
+        lambda: compact("oscar-int2-static", 256, "keydiff", offset=True),
+        lambda: compact("turboquant-2.5-qjl", 64, "epicache", group=16),
+        lambda: compact("oscar-int2-qjl", 256, "epicache", budget=3),
     ],
     "merge": [
         lambda: merge(96, torch.float16, rotated=False),

@@ -17,9 +17,11 @@ from vllm_kvcompress import compat
 from vllm_kvcompress.attention.gpu_metadata import GpuMetadata, HistoryGroup, StepPart
 from vllm_kvcompress.attention.prefill import HISTORY_TOKENS, FlashAttention
 from vllm_kvcompress.attention.window_layer import WindowMetadata
+from vllm_kvcompress.episodic.policies import Policy
 from vllm_kvcompress.formats.base import PageLayout
 from vllm_kvcompress.kernels.decode import Cache, Rows, decode, decode_workspace_elements
 from vllm_kvcompress.kernels.workspace import Workspace
+from vllm_kvcompress.triton_kernels.compact import compact
 from vllm_kvcompress.triton_kernels.gather import gather_history
 from vllm_kvcompress.triton_kernels.merge import merge_states
 from vllm_kvcompress.triton_kernels.rotate import rotate
@@ -221,6 +223,53 @@ class GpuAttention:
                 self._store(k, v, cache, part, windows, None)
                 groups = metadata.history(self._history_tokens(layout.page_tokens))
                 self._attend_chunks(self.flash, q, k, v, cache, part, groups, windows, o, scratch)
+
+    def compact(
+        self,
+        pages: torch.Tensor,
+        layout: PageLayout,
+        table: torch.Tensor,
+        num_slots: int,
+        *,
+        num_sources: int,
+        targets: torch.Tensor,
+        policy: Policy,
+        protected_tokens: int,
+        queries: torch.Tensor | None,
+        is_first: bool,
+    ) -> torch.Tensor:
+        """Evict from one request's pages, in place: `triton_kernels.compact.compact`, which also says what it returns.
+
+        Args:
+            queries: [Q, Hq, D] in the model's dtype, the last dimension contiguous, or None.
+        """
+        rotation, offset = self.constants.k_rotation, self.constants.k_mean
+        if offset is not None and rotation is not None:
+            offset = torch.einsum("hd,hde->he", offset, rotation.float()).contiguous()
+        rotated = None
+        if queries is not None:
+            rotated = torch.empty(queries.shape, dtype=torch.float16, device=queries.device)
+            rotate(queries, rotation, rotated)
+        workspace = self.scratch(layout.page_tokens).get("keys")
+        if workspace is None:  # FlashAttention does not serve
+            shape = (self._history_tokens(layout.page_tokens), self.num_kv_heads, self.head_dim)
+            workspace = _OWN_SCRATCH.get("scored_keys", shape, torch.float16, self.device)
+        return compact(
+            pages,
+            layout,
+            table,
+            num_slots,
+            num_sources,
+            targets,
+            policy,
+            protected_tokens,
+            rotated,
+            offset,
+            self.scale,
+            is_first,
+            workspace=workspace,
+            sketch=self.constants.sketch,
+        )
 
     def _store(
         self,

@@ -20,12 +20,17 @@ import torch
 from vllm_kvcompress.attention.gpu import GpuAttention
 from vllm_kvcompress.attention.gpu_metadata import make_metadata
 from vllm_kvcompress.attention.window_layer import WindowMetadata
+from vllm_kvcompress.episodic.policies import POLICIES, Policy
+from vllm_kvcompress.episodic.request import OFFERED
 from vllm_kvcompress.formats.base import PageLayout
 
 logger = logging.getLogger("vllm.kvcompress")
 
 # Tokens of made-up steps: some between any two sizes at which a kernel changes its tiles.
 _SIZES = (2, 12, 48, 200, 1000, 4000)
+# Guide queries of made-up evictions, and the tokens of budgets around which the store kernel changes its tiles.
+_QUERIES = 512
+_BUDGETS = (128, 2048, 2049)
 # Lengths that decodes are said to have: they decide into how many shares Triton cuts a request.
 _LENGTHS = tuple(256 << shift for shift in range(8))
 
@@ -51,6 +56,44 @@ def warm_up(attention: GpuAttention, layout: PageLayout, window_block: int | Non
         run_step(attention, layout, window_block, max_model_len, new, history, max_seq_len)
     torch.cuda.synchronize(attention.device)
     logger.info("kernels over pages are compiled and loaded: %.1f s", time.perf_counter() - started)
+
+
+@torch.inference_mode()
+def warm_up_eviction(attention: GpuAttention, layout: PageLayout) -> None:
+    """Run made-up evictions through a layer's attention; once a process for all layers of a kind, and only on a GPU."""
+    kind = ("eviction", attention.num_heads, attention.num_kv_heads, attention.dtype, layout)
+    if attention.device.type == "cpu" or kind in _done:
+        return
+    _done.add(kind)
+    started = time.perf_counter()
+    smallest, *others = sorted({-(-tokens // layout.page_tokens) for tokens in _BUDGETS})
+    for name in OFFERED:
+        run_eviction(attention, layout, POLICIES[name], smallest)
+    for budget in others:  # only what is written depends on it
+        run_eviction(attention, layout, POLICIES["streaming"], budget)
+    torch.cuda.synchronize(attention.device)
+    logger.info("kernels of eviction are compiled and loaded: %.1f s", time.perf_counter() - started)
+
+
+def run_eviction(attention: GpuAttention, layout: PageLayout, policy: Policy, budget_pages: int) -> torch.Tensor:
+    """One made-up eviction, all of whose pages are the same empty one. Returns the kept slots [H, budget]."""
+    device, heads = attention.device, attention.num_kv_heads
+    pages = torch.zeros(2, heads, layout.head_bytes, dtype=torch.uint8, device=device)
+    table = torch.ones(budget_pages + 2, dtype=torch.int64, device=device)
+    shape = (_QUERIES, attention.num_heads, attention.head_dim)
+    queries = None if policy.queries == "none" else torch.zeros(shape, dtype=attention.dtype, device=device)
+    return attention.compact(
+        pages,
+        layout,
+        table,
+        len(table) * layout.page_tokens - 1,
+        num_sources=budget_pages + 1,
+        targets=table[:budget_pages],
+        policy=policy,
+        protected_tokens=0,
+        queries=queries,
+        is_first=True,
+    )
 
 
 def _steps(attention: GpuAttention, page_tokens: int, max_model_len: int) -> Iterator[tuple[list[int], list[int], int]]:

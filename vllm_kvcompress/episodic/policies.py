@@ -106,7 +106,11 @@ class SnapKV(Policy):
     def score(self, layer: Layer) -> torch.Tensor:
         queries = layer.queries_of(f"the last {self.window} slots")[-self.window :]
         mean = attention_weights(layer.keys, queries, scale=layer.scale, causal=True).mean((1, 2))
-        before = mean.shape[1] - len(queries)
+        return self.smooth(mean, len(queries))
+
+    def smooth(self, mean: torch.Tensor, window: int) -> torch.Tensor:
+        """Mean weights [H, T], written in place, smoothed along the slots before the last `window`."""
+        before = mean.shape[1] - window
         if before:
             pool = torch.nn.functional.max_pool1d if self.pooling == "max" else torch.nn.functional.avg_pool1d
             mean[:, :before] = pool(mean[:, :before], self.kernel, stride=1, padding=self.kernel // 2)
