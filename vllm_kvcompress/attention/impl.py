@@ -22,7 +22,7 @@ from vllm_kvcompress.attention.backend import KVCompressMetadata
 from vllm_kvcompress.attention.gpu_metadata import GpuMetadata, StepPart
 from vllm_kvcompress.attention.plan import ReadGroup
 from vllm_kvcompress.attention.window_layer import WINDOW_SUFFIX, WindowLayer, WindowMetadata
-from vllm_kvcompress.checks import kernel_case, kernel_path, resolve
+from vllm_kvcompress.checks import evicts, kernel_case, kernel_path, resolve
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.formats.base import PageLayout, page_fields, sketch_matrix
 from vllm_kvcompress.kernels import compaction, torch_attention
@@ -358,17 +358,30 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             queries: [Q, Hq, D] in the model's dtype, or None.
         """
         layout = self._resolved.page_format.layout(self.head_size, kv_cache.shape[2])
-        rotation, offset = self._k_rotation, self._k_mean
+        pages = kv_cache.view(torch.uint8).flatten(2)
         if self._gpu is not None:
-            rotation, offset = self._gpu.constants.k_rotation, self._gpu.constants.k_mean
-        if rotation is not None:
+            self._gpu.compact(
+                pages,
+                layout,
+                table,
+                num_slots,
+                num_sources=num_sources,
+                targets=targets,
+                policy=policy,
+                protected_tokens=protected_tokens,
+                queries=queries,
+                is_first=is_first,
+            )
+            return
+        offset = self._k_mean
+        if self._k_rotation is not None:
             if offset is not None:
-                offset = torch.einsum("hd,hde->he", offset.float(), rotation.float())
+                offset = torch.einsum("hd,hde->he", offset.float(), self._k_rotation)
             if queries is not None:
                 grouped = queries.float().unflatten(1, (self.num_kv_heads, -1))
-                queries = torch.einsum("thgd,hde->thge", grouped, rotation.float()).flatten(1, 2)
+                queries = torch.einsum("thgd,hde->thge", grouped, self._k_rotation).flatten(1, 2)
         compaction.compact(
-            kv_cache.view(torch.uint8).flatten(2),
+            pages,
             layout,
             table,
             num_slots,
@@ -384,7 +397,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
 
     def _prepare_gpu(self, gpu: GpuAttention) -> None:
         """In vLLM's profiling run: claim the scratch memory while it is counted, compile every kernel once."""
-        from vllm_kvcompress.attention.gpu_warmup import warm_up
+        from vllm_kvcompress.attention.gpu_warmup import warm_up, warm_up_eviction
 
         config = self._vllm_config
         assert self._layer is not None
@@ -394,6 +407,8 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         gpu.scratch(spec.block_size)
         window_block = None if self._window is None else self._window.get_kv_cache_spec(config).block_size
         warm_up(gpu, layout, window_block, config.model_config.max_model_len)
+        if evicts(config):
+            warm_up_eviction(gpu, layout)
 
     def _to_cache_space(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, H, D] model dtype -> keys (K - mean) R_k and values V R_v, [T, H, D] float32."""
