@@ -185,11 +185,11 @@ def poison_evicted_pages(core) -> None:
         store(self, copy)
         (blocks,) = [blocks for other, blocks in nobodys if other is copy]
         for pages in self._pages:
-            pages[blocks] = -1
+            pages[blocks] = 0xFF
 
     def load_and_poison(self, copy):
         load(self, copy)
-        self._slots[:, copy.slots] = -1
+        self._slots[:, copy.slots] = 0xFF
 
     EpisodeStore._spill = watched_spill
     EvictionWorker.compact, HostPages.store, HostPages.load = compact_and_poison, store_and_poison, load_and_poison

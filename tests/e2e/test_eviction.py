@@ -311,7 +311,7 @@ def spilled(tiny_model, rng, tmp_path_factory):
         "third restored": Round([salted], about("third"), GREEDY, salt="tenant"),
     }
     folder, memory = tmp_path_factory.mktemp("spilled"), 2 * EPISODE_BYTES + PAGE_BYTES
-    report = run(tiny_model, folder, list(rounds.values()), host_memory=memory, num_gpu_blocks_override=130)
+    report = run(tiny_model, folder, list(rounds.values()), host_memory=memory, num_gpu_blocks_override=110)
     return dict(zip(rounds, report["rounds"], strict=True)), report
 
 

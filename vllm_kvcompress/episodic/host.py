@@ -56,29 +56,21 @@ class HostPages:
         Args:
             caches: of every layer with pages, [num_blocks, H, page_tokens, bytes_per_token] of one byte each.
         """
-        # In words of 8 bytes, which the device moves faster than single ones; a page has 128 tokens.
-        self._pages = [cache.view(torch.uint8).view(len(cache), -1).view(torch.int64) for cache in caches]
+        self._pages = [cache.view(torch.uint8).view(len(cache), -1) for cache in caches]
         first = self._pages[0]
-        self._memory = torch.empty(len(caches), num_slots, first.shape[1], dtype=torch.int64)
-        """[L, num_slots, page_bytes / 8]"""
-        self._slots = self._memory
+        self._slots = torch.empty(len(caches), num_slots, first.shape[1], dtype=torch.uint8)
+        """[L, num_slots, page_bytes]"""
         if first.is_cuda:
-            from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
             from vllm.v1.simple_kv_offload.cuda_mem_ops import pin_tensor
 
-            pin_tensor(self._memory)
-            self._slots = get_accelerator_view_from_cpu_tensor(self._memory)
+            pin_tensor(self._slots)  # torch's own pinned memory is rounded up to a power of two
 
     def store(self, copy: Copy) -> None:
-        blocks, slots = self._indices(copy)
-        for pages, memory in zip(self._pages, self._slots, strict=True):
-            memory[slots] = pages[blocks]
+        for pages, slots in zip(self._pages, self._slots, strict=True):
+            for block, slot in zip(copy.blocks, copy.slots, strict=True):
+                slots[slot].copy_(pages[block], non_blocking=True)
 
     def load(self, copy: Copy) -> None:
-        blocks, slots = self._indices(copy)
-        for pages, memory in zip(self._pages, self._slots, strict=True):
-            pages[blocks] = memory[slots]
-
-    def _indices(self, copy: Copy) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self._pages[0].device
-        return torch.tensor(copy.blocks, device=device), torch.tensor(copy.slots, device=device)
+        for pages, slots in zip(self._pages, self._slots, strict=True):
+            for block, slot in zip(copy.blocks, copy.slots, strict=True):
+                pages[block].copy_(slots[slot], non_blocking=True)
