@@ -292,3 +292,10 @@ def test_eviction_seams():
         "processed_computed_tokens",
         "num_prompt_tokens",
     ]
+
+
+def test_pinning_seam():
+    """Host memory of exactly the size asked for, pinned: torch's own would be rounded up."""
+    from vllm.v1.simple_kv_offload.cuda_mem_ops import pin_tensor
+
+    assert parameters(pin_tensor) == ["tensor"]

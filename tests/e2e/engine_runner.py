@@ -40,7 +40,7 @@ def main() -> None:
         peaks.clear()
         extra_args = round_.get("extra_args") or [None] * len(round_["prompts"])
         sampling = [SamplingParams(**round_["sampling"], extra_args=extra) for extra in extra_args]
-        prompts = [{"prompt_token_ids": prompt} for prompt in round_["prompts"]]
+        prompts = [{"prompt_token_ids": prompt, **round_.get("inputs", {})} for prompt in round_["prompts"]]
         if round_.get("abort_after") is not None:
             report["rounds"].append(abort(llm.llm_engine, prompts, sampling, round_["abort_after"], pool))
             continue
@@ -55,12 +55,15 @@ def main() -> None:
                     "peak_pages": peaks.get(output.request_id.split("-")[0]),
                     "tokens": list(output.outputs[0].token_ids),
                     "cached": output.num_cached_tokens,
+                    "eviction": (output.kv_transfer_params or {}).get("kvcompress"),
                     "prompt_logprobs": chosen(output.prompt_logprobs, output.prompt_token_ids),
                     "logprobs": chosen(output.outputs[0].logprobs, output.outputs[0].token_ids),
                 }
                 for output in outputs
             ]
         )
+    if core.scheduler.connector is not None:
+        core.scheduler.connector.reset_cache()
     report["preemptions"], report["last_position"] = preemptions[0], last_position[0]
     report["free_after"], report["lowest_free"] = pool.get_num_free_blocks(), lowest[0]
     print("REPORT " + json.dumps(report))
@@ -130,7 +133,9 @@ def watch_pages(scheduler) -> dict[str, int]:
             name = request_id.split("-")[0]
             peaks[name] = max(peaks.get(name, 0), len(held))
             if request_id in getattr(manager, "_states", {}):
-                assert all(block.ref_cnt == 1 and block.block_hash is None for block in held), "shared or published"
+                assert all(block.block_hash is None for block in held), "published"
+                about_an_episode = scheduler.connector._requests[request_id][1].episode is not None
+                assert about_an_episode or all(block.ref_cnt == 1 for block in held), "shared"
         return output
 
     scheduler.schedule = schedule
@@ -149,24 +154,49 @@ def watch_positions(core) -> list[int]:
 
 
 def poison_evicted_pages(core) -> None:
-    """Fill pages with 0xFF, NaN as a scale, from the moment that they are evicted: who reads them gives NaN."""
+    """Fill pages with 0xFF, NaN as a scale, from the moment that they are evicted or spilled: who reads them gives NaN.
+
+    Slots of host memory as well, once they have been read.
+    """
     import torch
 
-    from vllm_kvcompress.episodic.connector import EvictionConnector
+    from vllm_kvcompress.episodic.host import HostPages
+    from vllm_kvcompress.episodic.store import EpisodeStore
+    from vllm_kvcompress.episodic.worker import EvictionWorker
 
-    original = EvictionConnector.start_load_kv
+    spill = EpisodeStore._spill
+    compact, store, load = EvictionWorker.compact, HostPages.store, HostPages.load
+    nobodys = []  # of each copy to host memory, the blocks that no request has
     context = core.model_executor.driver_worker.worker.model_runner.compilation_config.static_forward_context
 
-    def start_load_kv(self, forward_context, **kwargs):
-        original(self, forward_context, **kwargs)
-        for order in self._get_connector_metadata().orders:
-            freed = order.tables[order.group][order.begin : order.end]
-            for name in self._worker._groups[order.group][1]:
-                cache = context[name].kv_cache
-                # vLLM's own kernels read what follows a page's last token, with weight 0: finite, but seen otherwise.
-                cache[freed] = 0xFF if cache.dtype == torch.uint8 else 100.0
+    def compact_and_poison(self, order):
+        compact(self, order)
+        freed = order.tables[order.group][order.begin : order.end]
+        for name in self._groups[order.group][1]:
+            cache = context[name].kv_cache
+            # vLLM's own kernels read what follows a page's last token, with weight 0: finite, but seen otherwise.
+            cache[freed] = 0xFF if cache.dtype == torch.uint8 else 100.0
 
-    EvictionConnector.start_load_kv = start_load_kv
+    def watched_spill(self, name):
+        blocks, before = (
+            [block.block_id for block in self._entries[name].blocks if block.ref_cnt == 1],
+            len(self._stores),
+        )
+        spill(self, name)
+        nobodys.extend([(copy, blocks) for copy in self._stores[before:]])
+
+    def store_and_poison(self, copy):
+        store(self, copy)
+        (blocks,) = [blocks for other, blocks in nobodys if other is copy]
+        for pages in self._pages:
+            pages[blocks] = 0xFF
+
+    def load_and_poison(self, copy):
+        load(self, copy)
+        self._slots[:, copy.slots] = 0xFF
+
+    EpisodeStore._spill = watched_spill
+    EvictionWorker.compact, HostPages.store, HostPages.load = compact_and_poison, store_and_poison, load_and_poison
 
 
 def abort(engine, prompts, sampling, steps, pool) -> dict:

@@ -15,6 +15,11 @@ def test_defaults():
     assert EpisodicSettings(budget=4096, threshold_tokens=5000).threshold == 5000
 
 
+def test_sizes_are_read_as_kvcompress_plan_reads_them():
+    for given, expected in ((0, 0), (12345, 12345), ("4GiB", 4 << 30), ("500MB", 500 * 10**6)):
+        assert EpisodicSettings(budget=4096, host_memory=given).host_memory == expected
+
+
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
@@ -25,6 +30,8 @@ def test_defaults():
         ({"budget": 4096, "policy": "lru"}, "'epicache', 'streaming', 'snapkv' or 'keydiff'"),
         ({"budget": 4096, "growth": 1}, "greater than or equal to 1.1"),
         ({"budget": 4096, "threshold_tokens": 1024}, "threshold_tokens=1024 is below budget=4096.*Raise"),
+        ({"budget": 4096, "host_memory": -1}, "greater than or equal to 0"),
+        ({"budget": 4096, "host_memory": "4 gigs"}, "not a size: '4 gigs'; write bytes, or 80GiB"),
         ({"budget": 4096, "bugdet": 1}, "Extra inputs are not permitted"),
     ],
 )
@@ -35,7 +42,7 @@ def test_bad_values_are_refused(given, problem):
 
 def test_identities_cover_every_setting_that_matters():
     """A new setting must be sorted into one of them, or be known to change neither episodes nor pages."""
-    harmless = {"threshold_tokens", "routing"}
+    harmless = {"threshold_tokens", "routing", "host_memory"}
     others = {"embedder": "x", "policy": "snapkv", "routing": "centroid", "growth": 3, "block_tokens": 1024}
     base = EpisodicSettings(budget=4096)
     for name in EpisodicSettings.model_fields:

@@ -81,7 +81,7 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
         self._states: dict[str, _State] = {}
         self._due: list[Compaction] = []
         self.make_room: Callable[[int], None] | None = None
-        """Asked to let kept pages go where fewer blocks than these are free"""
+        """Asked to have kept episodes give way where fewer blocks than these are free"""
 
     def begin_eviction(self, request_id: str, eviction: Eviction) -> None:
         """The request keeps `eviction.budget_pages` pages from its first step on."""
@@ -155,13 +155,16 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
         if lazy and held < budget + eviction.block_tokens // self.block_size:
             return
         kept, freed = blocks[:budget], blocks[begin:end]
-        if state.shared:
+        if state.shared and self.make_room is not None:
+            self.make_room(budget)
+        if state.shared and any(block.ref_cnt > 1 for block in kept):  # or else the episode has given way to this one
             if self.block_pool.get_num_free_blocks() < budget:
                 return  # again at the next step; should nothing come free, vLLM preempts as it does for any request
             blocks[:budget] = self.block_pool.get_new_blocks(budget)
-            state.first, state.shared = kept[0].block_id, False
+            state.first = kept[0].block_id
             state.replaced = tuple(block.block_id for block in blocks[:budget])
             self.block_pool.free_blocks(reversed(kept))
+        state.shared = False
         state.prompt_done = not reading
         ids = [tuple(block.block_id for block in some) for some in (freed, kept)]
         self._due.append(Compaction(request_id, begin, ids[0], ids[1], eviction))

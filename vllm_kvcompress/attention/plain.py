@@ -52,9 +52,9 @@ def __getattr__(name: str) -> Any:
 
 
 def _evicting(base: Any, name: str) -> type:
-    built_by = base.get_builder_cls()
+    built_by: Any = base.get_builder_cls()
 
-    class Builder(ClosesGaps, built_by):
+    class Builder(ClosesGaps, built_by):  # type: ignore[misc]
         def make(self, common: CommonAttentionMetadata) -> Any:
             # No prefix in common: who shares one may have evicted different parts of it.
             return built_by.build(self, 0, common)

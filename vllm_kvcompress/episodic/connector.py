@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How eviction reaches the worker: a KV connector of vLLM's, for it is told of every request and rides on every step.
 
-Nothing is transferred. The scheduler's side reads what requests ask for and passes on what the block managers decided;
-the worker's side compacts pages before a step's forward pass and takes freed pages out of the step's metadata.
+The scheduler's side reads what requests ask for and passes on what the block managers decided; the worker's side
+compacts pages before a step's forward pass and takes freed pages out of the step's metadata. What is transferred, if
+the settings say so, are kept episodes: to host memory when they must give way and back when they are asked about.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from vllm_kvcompress.attention.adoption import AdoptsBlocks
 from vllm_kvcompress.attention.pages import PageManager
 from vllm_kvcompress.attention.windows import WindowManager
 from vllm_kvcompress.checks import eviction_defaults
+from vllm_kvcompress.episodic.host import Copy, count_slots
 from vllm_kvcompress.episodic.policies import POLICIES, SnapKV
 from vllm_kvcompress.episodic.request import Eviction, Wanted, parse
 from vllm_kvcompress.episodic.store import EpisodeStore, Kept, digest
 from vllm_kvcompress.formats import is_ours
 
 if TYPE_CHECKING:
+    import torch
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
@@ -79,7 +82,13 @@ class NullRange:
 
 @dataclass
 class EvictionMetadata(KVConnectorMetadata):
+    """In the order in which it is carried out."""
+
+    stores: list[Copy]
+    """From pages that others may have from this step on"""
     orders: list[Order]
+    loads: list[Copy]
+    """To pages that a compaction of this step may have freed"""
     ranges: list[NullRange]
 
 
@@ -91,8 +100,9 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         self._scratch: list[KVCacheBlock] = []
         """Blocks of `Order.scratch`, held while a request may need them"""
         self._requests: dict[str, tuple[Request, Wanted]] = {}
-        self._reused: dict[str, int] = {}
-        """Tokens that a request took over from a stored episode"""
+        self._reused: dict[str, tuple[int, bool]] = {}
+        """Tokens that a request took over from a stored episode, and whether that was in host memory"""
+        self._host_slots = count_slots(vllm_config, kv_cache_config)
         self._store: EpisodeStore | None = None
         self._worker: Any = None
         if role == KVConnectorRole.WORKER:
@@ -109,7 +119,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
-        self._store = EpisodeStore(kv_cache_manager.block_pool)
+        self._store = EpisodeStore(kv_cache_manager.block_pool, self._host_slots)
         for _, manager in self._page_managers():
             manager.make_room = self._store.make_room
 
@@ -125,9 +135,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
             manager.begin_eviction(request.request_id, wanted.eviction)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> EvictionMetadata:
-        self._settle()
-        if not self._requests:
-            return EvictionMetadata([], [])
+        stores, loads = self._settle()
         orders = [
             self._order(group, compaction) for group, manager in self._page_managers()
             for compaction in manager.take_compactions()
@@ -136,10 +144,10 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
             found for group, manager in self._page_managers() for request_id in scheduler_output.num_scheduled_tokens
             if request_id in self._requests and (found := self._null_range(group, manager, request_id)) is not None
         ]  # fmt: skip
-        if orders or ranges:
+        if stores or orders or loads or ranges:
             # Before the forward pass, not after it.
             scheduler_output.has_sync_kv_loads = True
-        return EvictionMetadata(orders, ranges)
+        return EvictionMetadata(stores, orders, loads, ranges)
 
     def _order(self, group: int, compaction: Any) -> Order:
         request, eviction = self._requests[compaction.request_id][0], compaction.eviction
@@ -174,7 +182,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         return NullRange(request_id, group, first, len(blocks) - 1, blocks[-1].block_id, begin, end, head)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Tokens whose pages a stored episode has, without any being loaded."""
+        """Tokens whose pages a stored episode has, in the pool by the step's forward pass."""
         _, wanted = self._requests.get(request.request_id, (None, None))
         if wanted is None:
             return 0, False
@@ -213,22 +221,27 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         return True
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
-        if request.request_id in self._requests:
-            self._reused[request.request_id] = num_external_tokens
+        _, wanted = self._requests.get(request.request_id, (None, None))
+        if wanted is None:
+            return
+        assert self._store is not None
+        restored = num_external_tokens > 0 and wanted.episode is not None and self._store.is_arriving(wanted.episode)
+        self._reused[request.request_id] = (num_external_tokens, restored)
 
-    def _settle(self) -> None:
-        """Offers of the scheduling step are void now, taken or not."""
+    def _settle(self) -> tuple[list[Copy], list[Copy]]:
+        """Offers of the scheduling step are void now, taken or not. What `EpisodeStore.settle` gives."""
         assert self._store is not None and self._kv_cache_manager is not None
-        self._store.settle()
+        copies = self._store.settle()
         for manager in self._kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, AdoptsBlocks):
                 manager.withdraw_offers()
         for request, _ in self._requests.values():
             request.skip_reading_prefix_cache = True
+        return copies
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         found = self._requests.pop(request.request_id, None)
-        reused = self._reused.pop(request.request_id, 0)
+        reused, restored = self._reused.pop(request.request_id, (0, False))
         if found is None:
             return False, None
         wanted = found[1]
@@ -236,7 +249,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
             assert self._kv_cache_manager is not None
             self._kv_cache_manager.block_pool.free_blocks(self._scratch)
             self._scratch = []
-        report = {"reused_tokens": reused, "pages": self._pages(request.request_id)}
+        report = {"reused_tokens": reused, "restored": restored, "pages": self._pages(request.request_id)}
         if wanted.keep is not None and request.status in _COMPLETE:
             report["kept_tokens"] = self._keep(request, wanted)
         for _, manager in self._page_managers():
@@ -290,11 +303,19 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
 
     # --- worker -----------------------------------------------------------------------------------------------------
 
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if self._host_slots:
+            self._worker.allocate_host_memory(self._host_slots)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, EvictionMetadata)
+        for copy in metadata.stores:
+            self._worker.host.store(copy)
         for order in metadata.orders:
             self._worker.compact(order)
+        for copy in metadata.loads:
+            self._worker.host.load(copy)
         if metadata.ranges:
             # Where a whole step is one captured graph, the metadata is in no forward context.
             step = kwargs.get("attn_metadata") or forward_context.attn_metadata

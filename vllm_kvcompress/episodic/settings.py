@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from argparse import ArgumentTypeError
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from vllm_kvcompress.capacity.text import parse_bytes
 from vllm_kvcompress.episodic.segment import WINDOW_UTTERANCES
 from vllm_kvcompress.formats.base import PAGE_TOKENS
 
@@ -44,6 +46,17 @@ class EpisodicSettings(BaseModel):
         1.5, ge=1.1, le=16, description="episodes are made anew when the conversation has grown by this factor"
     )
     policy: Policy = Field("epicache", description="which tokens are kept")
+    host_memory: int = Field(
+        0, ge=0, description="bytes, or a size as 4GiB: kept episodes that must give way are moved there, up to so much"
+    )
+
+    @field_validator("host_memory", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        try:
+            return parse_bytes(value) if isinstance(value, str) else value
+        except ArgumentTypeError as error:
+            raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
     def _threshold_above_budget(self) -> EpisodicSettings:

@@ -16,7 +16,9 @@ from vllm_kvcompress import compat
 from vllm_kvcompress.attention import plain
 from vllm_kvcompress.attention.gaps import ClosesGaps, Gap, close_gaps, to_device
 from vllm_kvcompress.attention.impl import KVCompressImpl
+from vllm_kvcompress.attention.pages import PageSpec
 from vllm_kvcompress.attention.window_layer import WINDOW_SUFFIX
+from vllm_kvcompress.episodic.host import HostPages
 from vllm_kvcompress.episodic.policies import POLICIES
 
 if TYPE_CHECKING:
@@ -37,6 +39,13 @@ class EvictionWorker:
             for number, (_, names) in enumerate(self._groups)
         }
         """Group of the pages that a group is, or is the windows of"""
+        self.host: HostPages | None = None
+        """Where kept episodes are spilled to, if anywhere"""
+
+    def allocate_host_memory(self, num_slots: int) -> None:
+        """Once the pages are allocated; at start, so that a machine that has not got it says so then."""
+        layers = [name for spec, names in self._groups if isinstance(spec, PageSpec) for name in names]
+        self.host = HostPages([self._context[name].kv_cache for name in layers], num_slots)
 
     def compact(self, order: Order) -> None:
         """Evict from one group's layers; the pages are still as the step before left them."""
@@ -48,7 +57,7 @@ class EvictionWorker:
         table, targets = (to_device(pages, torch.int64, device) for pages in (live, order.targets))
         for name in layers:
             layer = self._context[name]
-            arguments = {
+            arguments: dict[str, Any] = {
                 "num_sources": order.end - null,
                 "targets": targets,
                 "policy": POLICIES[order.eviction.policy],
