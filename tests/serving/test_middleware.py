@@ -238,6 +238,23 @@ def test_when_reading_fails_the_request_is_answered_in_full_and_the_log_says_so(
     assert "status 500" in caplog.text
 
 
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/completions"])
+@pytest.mark.parametrize("nothing", [b"null", b""], ids=["0.32", "0.33"])
+def test_a_client_that_goes_away_while_its_history_is_read_is_let_go(path, nothing):
+    class Cancelled(Server):
+        async def __call__(self, scope, receive, send):
+            async def send_nothing(message):
+                await send({**message, "body": nothing} if "body" in message else message)
+
+            await super().__call__(scope, receive, send_nothing if scope["path"] == path else send)
+
+    server = Cancelled()
+    middleware, request = EpisodicMiddleware(server), {"messages": [*LONG, QUESTION]}
+    assert asyncio.run(call(middleware, request)) == [] and server.paths()[-1] == path
+    server.__class__ = Server
+    assert ask(middleware, request)[1][module.HEADER] == b"2/2; built"  # nothing counts as kept, nothing is locked
+
+
 def test_histories_without_episodes_are_answered_in_full():
     server = Server()
     body = json.dumps({"messages": [*LONG, {"role": "user", "content": "?!"}]}).encode()

@@ -37,7 +37,18 @@ from vllm_kvcompress.episodic.segment import INSTRUCTION_ROLES, chat_utterances
 from vllm_kvcompress.episodic.settings import EpisodicSettings
 from vllm_kvcompress.episodic.template import ChatTemplate, common_tokens
 from vllm_kvcompress.errors import KVCompressError
-from vllm_kvcompress.serving.loopback import App, Message, Receive, Scope, Send, answer, post, read_body, with_body
+from vllm_kvcompress.serving.loopback import (
+    App,
+    ClientGone,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    answer,
+    post,
+    read_body,
+    with_body,
+)
 
 logger = logging.getLogger("vllm.kvcompress")
 
@@ -97,6 +108,8 @@ class EpisodicMiddleware:
             return
         try:
             plan = await self._plan(scope, receive, body)
+        except ClientGone:
+            return
         except _Refused as refusal:
             await answer(send, *refusal.args)
             return
