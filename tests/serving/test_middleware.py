@@ -224,6 +224,16 @@ def test_what_the_engine_has_lost_is_read_again():
         assert ask(middleware, request)[1][module.HEADER].endswith(b"built")
 
 
+def test_a_history_that_begins_like_another_is_read_though_its_episode_has_the_same_name():
+    server = Server()
+    middleware = EpisodicMiddleware(server)
+    other = [*LONG[:-2], {**LONG[-2], "content": "something else. " * 8}, LONG[-1]]
+    found = [ask(middleware, {"messages": [*history, QUESTION]})[1] for history in (LONG, LONG, other, other)]
+    assert [headers[module.HEADER] for headers in found] == [b"2/2; built", b"2/2; reused"] * 2
+    names = {json.loads(body)["vllm_xargs"][arguments.EPISODE] for path, body, _ in server.calls if path == CHAT}
+    assert len(names) == 1
+
+
 def test_a_client_error_of_the_reading_is_the_answer():
     server = Server(build_status=400)
     status, _, content = ask(EpisodicMiddleware(server), {"messages": [*LONG, QUESTION]})
