@@ -411,7 +411,11 @@ def main() -> None:
             judged, lost = asyncio.run(judge(Client(server.url, str(model)), conversations))
     others = [row.other for row in judged if row.other < math.inf]
     report = {
-        "settings": {key: str(value) for key, value in vars(args).items()} | {"blocks": blocks},
+        "settings": {
+            "model": "random weights" if args.random_weights else Path(model).name,
+            **{name: getattr(args, name) for name in ("conversations", "concurrency", "seed", "bound", "hit_bound")},
+            "blocks": blocks,
+        },
         "kinds": {kind: sum(one.kind == kind for one in conversations) for kind in KINDS},
         "salted": sum(one.salt is not None for one in conversations),
         "evicted": sum(q.answer.episode is not None for one in conversations for q in one.questions if q.answer),
