@@ -18,7 +18,7 @@ of the same settings and a roomy pool answers each question again, alone, its ca
 
 Why a bound: a batch adds up floats in another order than a single request, by some 1e-6 of a value. Once in a while
 that turns a key's code into the next one, or swaps two tokens of nearly equal score at the edge of the budget. 0.1 nat
-is what engine tests allow for it; another conversation's answer is off by more than a nat, which is checked as well.
+is what engine tests allow for it; another conversation's answer mostly has other tokens, which is checked as well.
 """
 
 from __future__ import annotations
@@ -356,7 +356,7 @@ def failures(report: dict[str, Any], log: str, args: argparse.Namespace, judged:
         bound = args.hit_bound if row.hit else args.bound
         if not row.distance <= bound:
             found.append(f"an answer of a {row.kind} conversation is {row.distance:.3f} nat off, {bound} allowed")
-    if report["other_answers_median"] is not None and not report["other_answers_median"] > 10 * args.bound:
+    if report["other_answers_far"] < report["other_answers"] * 3 / 4:
         found.append("the answers of different conversations are too alike to tell a mistake")
     if report["lost"] > len(judged) // 10:
         found.append(f"{report['lost']} answers lost their pages {ATTEMPTS} times: give the pool more --blocks")
@@ -381,7 +381,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder (default: the demo model)")
     parser.add_argument("--random-weights", action="store_true", help="a tiny random model with MODEL's tokenizer")
     parser.add_argument("--bound", type=float, default=0.1, help="nat (default: 0.1)")
-    parser.add_argument("--hit-bound", type=float, default=0.5, help="of prefix hits (default: 0.5)")
+    parser.add_argument("--hit-bound", type=float, default=2.0, help="of prefix hits (default: 2)")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the servers print")
     args = parser.parse_args()
@@ -409,7 +409,7 @@ def main() -> None:
         with serve(str(model), logs / "alone.log", 1, 4 * PEAK_BLOCKS + MAX_LEN // PAGE) as server:
             server.wait_until_ready(START_SECONDS)
             judged, lost = asyncio.run(judge(Client(server.url, str(model)), conversations))
-    others = [row.other for row in judged if row.other < math.inf]
+    others = [row.other for row in judged[1:]]
     report = {
         "settings": {
             "model": "random weights" if args.random_weights else Path(model).name,
@@ -425,8 +425,8 @@ def main() -> None:
         "largest_distance": max(row.distance for row in judged if not row.hit),
         "median_distance": statistics.median(row.distance for row in judged if not row.hit),
         "largest_distance_of_hits": max((row.distance for row in judged if row.hit), default=None),
-        "other_answers_median": statistics.median(others) if others else None,
-        "other_answers_of_other_tokens": sum(row.other == math.inf for row in judged),
+        "other_answers": len(others),
+        "other_answers_far": sum(row > 10 * args.bound for row in others),
         "lost": lost,
         "preemptions": preemptions,
         "pool_free": pool_free,
