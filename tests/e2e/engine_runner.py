@@ -4,8 +4,9 @@
     python engine_runner.py '{"engine": {...LLM arguments...}, "rounds": [{"prompts": [[...]], "sampling": {...}}]}'
     python engine_runner.py @file
 
-A process of its own per engine, with the engine core and worker inside it, so that a test can look at the allocated
-pages and at the block pool, and so that a crash is a test's failure and not the suite's.
+A process of its own per engine, with the engine core inside it, so that a test can look at the allocated pages and at
+the block pool, and so that a crash is a test's failure and not the suite's. Workers are reached through the executor:
+one is in this process too, several have processes of their own.
 """
 
 import json
@@ -23,7 +24,8 @@ def main() -> None:
 
     llm = LLM(**{"enforce_eager": True, "disable_log_stats": False, **job["engine"]})
     core = llm.llm_engine.engine_core.engine_core
-    report = {"rounds": [], "caches": caches(core)}
+    on_workers = core.model_executor.collective_rpc
+    report = {"rounds": [], "caches": on_workers(caches)[0]}
     managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
     report["managers"] = [type(manager).__name__ for manager in managers]
     pool = core.scheduler.kv_cache_manager.block_pool
@@ -32,8 +34,9 @@ def main() -> None:
     lowest = watch_pool(pool)
     peaks = watch_pages(core.scheduler)
     if job.get("poison"):
-        poison_evicted_pages(core)
-    last_position = watch_positions(core)
+        on_workers(poison_evicted_pages)
+    on_workers(watch_positions)
+    on_workers(watch_survivors)
     for round_ in job["rounds"]:
         if round_.get("evict_windows"):
             evict_windows(pool)
@@ -64,8 +67,10 @@ def main() -> None:
         )
     if core.scheduler.connector is not None:
         core.scheduler.connector.reset_cache()
-    report["preemptions"], report["last_position"] = preemptions[0], last_position[0]
+    report["preemptions"], report["last_position"] = preemptions[0], on_workers(last_position)[0]
     report["free_after"], report["lowest_free"] = pool.get_num_free_blocks(), lowest[0]
+    if job.get("survivors"):
+        report["survivors"] = on_workers(survivors)
     print("REPORT " + json.dumps(report))
 
 
@@ -76,10 +81,9 @@ def chosen(positions, tokens):
     return [None if entry is None else entry[token].logprob for entry, token in zip(positions, tokens, strict=True)]
 
 
-def caches(core) -> dict:
+def caches(wrapper) -> dict:
     """Shape, dtype and bytes per page of every layer's allocated cache, read from the bound tensors."""
-    runner = core.model_executor.driver_worker.worker.model_runner
-    context = runner.compilation_config.static_forward_context
+    context = wrapper.worker.model_runner.compilation_config.static_forward_context
     return {
         name: {
             "shape": list(layer.kv_cache.shape),
@@ -142,18 +146,41 @@ def watch_pages(scheduler) -> dict[str, int]:
     return peaks
 
 
-def watch_positions(core) -> list[int]:
-    """Largest position that the model was ever run with."""
-    last = [0]
+def watch_positions(wrapper) -> None:
+    """Remember the largest position that the model was ever run with (`last_position`)."""
+    model = wrapper.worker.model_runner.model
+    model.last_position = 0
 
     def look(module, args, kwargs):
-        last[0] = max(last[0], int(kwargs["positions"].max()))
+        module.last_position = max(module.last_position, int(kwargs["positions"].max()))
 
-    core.model_executor.driver_worker.worker.model_runner.model.register_forward_pre_hook(look, with_kwargs=True)
-    return last
+    model.register_forward_pre_hook(look, with_kwargs=True)
 
 
-def poison_evicted_pages(core) -> None:
+def last_position(wrapper) -> int:
+    return wrapper.worker.model_runner.model.last_position
+
+
+def watch_survivors(wrapper) -> None:
+    """Remember the slots that every compaction keeps (`survivors`), layer by layer: [own KV heads, M]."""
+    from vllm_kvcompress.kernels import compaction
+
+    original = compaction.compact
+    wrapper.worker.survivors = []
+
+    def compact(*args, **kwargs):
+        kept = original(*args, **kwargs)
+        wrapper.worker.survivors.append(kept.tolist())
+        return kept
+
+    compaction.compact = compact
+
+
+def survivors(wrapper) -> list:
+    return wrapper.worker.survivors
+
+
+def poison_evicted_pages(wrapper) -> None:
     """Fill pages with 0xFF, NaN as a scale, from the moment that they are evicted or spilled: who reads them gives NaN.
 
     Slots of host memory as well, once they have been read.
@@ -167,7 +194,7 @@ def poison_evicted_pages(core) -> None:
     spill = EpisodeStore._spill
     compact, store, load = EvictionWorker.compact, HostPages.store, HostPages.load
     nobodys = []  # of each copy to host memory, the blocks that no request has
-    context = core.model_executor.driver_worker.worker.model_runner.compilation_config.static_forward_context
+    context = wrapper.worker.model_runner.compilation_config.static_forward_context
 
     def compact_and_poison(self, order):
         compact(self, order)

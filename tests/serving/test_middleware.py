@@ -224,6 +224,16 @@ def test_what_the_engine_has_lost_is_read_again():
         assert ask(middleware, request)[1][module.HEADER].endswith(b"built")
 
 
+def test_a_history_that_begins_like_another_is_read_though_its_episode_has_the_same_name():
+    server = Server()
+    middleware = EpisodicMiddleware(server)
+    other = [*LONG[:-2], {**LONG[-2], "content": "something else. " * 8}, LONG[-1]]
+    found = [ask(middleware, {"messages": [*history, QUESTION]})[1] for history in (LONG, LONG, other, other)]
+    assert [headers[module.HEADER] for headers in found] == [b"2/2; built", b"2/2; reused"] * 2
+    names = {json.loads(body)["vllm_xargs"][arguments.EPISODE] for path, body, _ in server.calls if path == CHAT}
+    assert len(names) == 1
+
+
 def test_a_client_error_of_the_reading_is_the_answer():
     server = Server(build_status=400)
     status, _, content = ask(EpisodicMiddleware(server), {"messages": [*LONG, QUESTION]})
@@ -236,6 +246,23 @@ def test_when_reading_fails_the_request_is_answered_in_full_and_the_log_says_so(
     status, headers, _ = ask(EpisodicMiddleware(server), body)
     assert status == 200 and module.HEADER not in headers and server.calls[-1][:2] == (CHAT, body)
     assert "status 500" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/completions"])
+@pytest.mark.parametrize("nothing", [b"null", b""], ids=["0.32", "0.33"])
+def test_a_client_that_goes_away_while_its_history_is_read_is_let_go(path, nothing):
+    class Cancelled(Server):
+        async def __call__(self, scope, receive, send):
+            async def send_nothing(message):
+                await send({**message, "body": nothing} if "body" in message else message)
+
+            await super().__call__(scope, receive, send_nothing if scope["path"] == path else send)
+
+    server = Cancelled()
+    middleware, request = EpisodicMiddleware(server), {"messages": [*LONG, QUESTION]}
+    assert asyncio.run(call(middleware, request)) == [] and server.paths()[-1] == path
+    server.__class__ = Server
+    assert ask(middleware, request)[1][module.HEADER] == b"2/2; built"  # nothing counts as kept, nothing is locked
 
 
 def test_histories_without_episodes_are_answered_in_full():

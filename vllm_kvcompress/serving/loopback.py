@@ -14,6 +14,10 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
 async def read_body(receive: Receive) -> bytes | None:
     """The whole body of a request; None if the client has gone."""
     parts = []
@@ -49,7 +53,11 @@ def with_body(scope: Scope, receive: Receive, body: bytes, path: str | None = No
 
 
 async def post(app: App, scope: Scope, receive: Receive, path: str, content: dict[str, Any]) -> tuple[int, Any]:
-    """(status, decoded JSON or None) of a request to the same application with the client's own headers."""
+    """(status, decoded JSON or None) of a request to the same application with the client's own headers.
+
+    Raises:
+        ClientGone: vLLM's routes answer nothing then, with status 200 (`with_cancellation`): 0.32 `null`, 0.33 no byte.
+    """
     status, parts = 500, []
 
     async def send(message: Message) -> None:
@@ -60,8 +68,11 @@ async def post(app: App, scope: Scope, receive: Receive, path: str, content: dic
             parts.append(message.get("body", b""))
 
     await app(*with_body(scope, receive, json.dumps(content).encode(), path), send)
+    body = b"".join(parts)
+    if status == 200 and body in (b"", b"null"):
+        raise ClientGone
     try:
-        return status, json.loads(b"".join(parts))
+        return status, json.loads(body)
     except ValueError:
         return status, None
 

@@ -15,9 +15,11 @@ history that changes, or a rendering that differs, costs time and never takes a 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import re
+from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +39,18 @@ from vllm_kvcompress.episodic.segment import INSTRUCTION_ROLES, chat_utterances
 from vllm_kvcompress.episodic.settings import EpisodicSettings
 from vllm_kvcompress.episodic.template import ChatTemplate, common_tokens
 from vllm_kvcompress.errors import KVCompressError
-from vllm_kvcompress.serving.loopback import App, Message, Receive, Scope, Send, answer, post, read_body, with_body
+from vllm_kvcompress.serving.loopback import (
+    App,
+    ClientGone,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    answer,
+    post,
+    read_body,
+    with_body,
+)
 
 logger = logging.getLogger("vllm.kvcompress")
 
@@ -70,6 +83,8 @@ class _Kept:
 
     lock: asyncio.Lock
     tokens: int = 0
+    digest: str = ""
+    """Of these tokens: histories that begin alike have an episode of one name until they are clustered anew"""
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,8 @@ class EpisodicMiddleware:
             return
         try:
             plan = await self._plan(scope, receive, body)
+        except ClientGone:
+            return
         except _Refused as refusal:
             await answer(send, *refusal.args)
             return
@@ -192,7 +209,11 @@ class EpisodicMiddleware:
         while len(self._kept) > _REMEMBERED:
             self._kept.popitem(last=False)
         async with kept.lock:  # one of several questions at once has it read
-            if kept.tokens and len(tokens) - kept.tokens <= block_tokens:
+            if (
+                kept.tokens
+                and len(tokens) - kept.tokens <= block_tokens
+                and kept.digest == _digest(tokens, kept.tokens)
+            ):
                 return False
             content = {
                 "model": request.get("model"),
@@ -211,6 +232,7 @@ class EpisodicMiddleware:
                 raise _PassedOn(f"reading it failed with status {status}: {str(found)[:300]}")
             report = (found.get("kv_transfer_params") or {}).get("kvcompress") or {}
             kept.tokens = report.get("kept_tokens", 0)
+            kept.digest = _digest(tokens, kept.tokens)
             return True
 
     async def _find_engine(self, scope: Scope) -> _Engine:
@@ -218,6 +240,10 @@ class EpisodicMiddleware:
             if self._engine is None:
                 self._engine = await asyncio.to_thread(_Engine, scope["app"].state.engine_client.vllm_config)
         return self._engine
+
+
+def _digest(tokens: Sequence[int], count: int) -> str:
+    return hashlib.sha256(array("q", tokens[:count]).tobytes()).hexdigest()
 
 
 class _Engine:
