@@ -2,6 +2,7 @@
 """Must the guide prompt run at every block, or is capturing its queries once good enough? A Hugging Face reference.
 
     python benchmarks/epicache_guide_study.py MODEL --data LOCOMO_FOLDER --out OUT.json [--conversations 1,8,9]
+        [--methods exact,layers --rotation FILE --alpha 1.1]
 
 EpiCache (arXiv 2509.17396) runs the episode's guide prompt at the end of every block, to read the cache as it then is.
 An engine would rather run it once. Compared on LoCoMo (one JSON file a conversation), a history of whole sessions each:
@@ -10,6 +11,7 @@ An engine would rather run it once. Compared on LoCoMo (one JSON file a conversa
     once         captured alone after the system prompt, queries turned to the current position by RoPE
     once-fixed   the same, left at the position of their capture
     first-block  captured after the first block of the history, turned
+    layers       exact with budgets by layer (`policies.layer_budgets`), as the rotation file's sensitivities say
     snapkv, keydiff, h2o, streaming; full: nothing evicted; none: no history at all
 
 Windows of four utterances are clustered by the mean of their token embeddings (centred on the conversation). A history
@@ -37,7 +39,7 @@ import torch
 from sklearn.cluster import KMeans
 
 from vllm_kvcompress.calibration.model import load, pick_device
-from vllm_kvcompress.episodic.policies import POLICIES, attention_weights
+from vllm_kvcompress.episodic.policies import POLICIES, attention_weights, layer_budgets
 from vllm_kvcompress.evaluation.epicache_reference import (
     Cache,
     Guide,
@@ -48,8 +50,10 @@ from vllm_kvcompress.evaluation.epicache_reference import (
     prefill,
 )
 from vllm_kvcompress.evaluation.metrics import block_bootstrap_mean
+from vllm_kvcompress.rotations import find_rotation
+from vllm_kvcompress.rotations.file import read_metadata
 
-METHODS = ("exact", "once", "once-fixed", "first-block", "snapkv", "keydiff", "h2o", "streaming")
+METHODS = ("exact", "once", "once-fixed", "first-block", "layers", "snapkv", "keydiff", "h2o", "streaming")
 EPISODES, WINDOW, MEDOIDS, SEED = 4, 4, 2, 42
 ADVERSARIAL = 5
 """LoCoMo's category of questions without an answer."""
@@ -173,7 +177,10 @@ class Study:
     tokenizer: Any
     block: int
     shares: list[float]
-    baselines: list[str]
+    methods: list[str]
+    sensitivity: list[float]
+    """Of every layer; needed by the method layers only"""
+    alpha: float
 
     def ids(self, text: str) -> torch.Tensor:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -218,11 +225,12 @@ class Study:
             flush=True,
         )
         # Everything before the first eviction is common to all; H2O's scores, kept along, disturb no other policy.
+        before = POLICIES["h2o" if "h2o" in self.methods else "streaming"]
         unlimited = [len(ids)] * model.config.num_hidden_layers
         states: dict[int, Cache] = {}
         state: Cache | None = None
         for part in ids.split(block):
-            state = prefill(model, part, POLICIES["h2o"], unlimited, block=block, cache=state)
+            state = prefill(model, part, before, unlimited, block=block, cache=state)
             states[state.length] = state
         full = states[len(ids)]
         paid = [self.attention(full, question, protected) for question in episode.questions]
@@ -236,6 +244,7 @@ class Study:
             "once": guide_captured(model, alone, protected),
             "once-fixed": guide_captured(model, alone, protected, rephase=False),
             "first-block": guide_captured(model, after_block, block),
+            "layers": guide_every_block(model, guide_ids),
         }
         rows = [
             {"method": "full", "share": 1.0, "logprob": self.logprob(full, episode.questions)},
@@ -243,16 +252,19 @@ class Study:
         ]
         for share in self.shares:
             budget = int(len(ids) * share)
-            # The last block end at which everything still fits.
-            shared = budget // block * block
             exact: Cache | None = None
-            for method in (*guides, *self.baselines):
+            for method in self.methods:
+                budgets = [budget] * len(unlimited)
+                if method == "layers":
+                    budgets = layer_budgets(self.sensitivity, budget, self.alpha)
+                # The last block end at which everything still fits.
+                shared = min(budgets) // block * block
                 started = time.process_time()
                 cache = prefill(
                     model,
                     ids[shared:],
                     POLICIES["epicache" if method in guides else method],
-                    [budget] * len(unlimited),
+                    budgets,
                     block=block,
                     protected=protected,
                     guide=guides.get(method),
@@ -312,7 +324,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
         lines.append(f"| {share:.0%} | {method} | {cell(method, share, 'logprob', None)} | | | |")
     for share in sorted({share for rows in by_key for _, share in rows} - {0.0, 1.0}):
         lines.append(f"| {share:.1%} | full | {cell('full', 1.0, 'logprob', share)} | | | |")
-        for method in METHODS:
+        for method in (m for m in METHODS if any((m, share) in rows for rows in by_key)):
             cells = " | ".join(cell(method, share, figure, share) for figure in figures)
             lines.append(f"| {share:.1%} | {method} | {cells} |")
     return lines
@@ -326,18 +338,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=5120, help="of a history, at most")
     parser.add_argument("--block", type=int, default=1024)
     parser.add_argument("--shares", default="0.125,0.25,0.5", help="budgets as shares of the history")
-    parser.add_argument("--baselines", default="snapkv,keydiff,h2o,streaming")
+    parser.add_argument("--methods", default=",".join(m for m in METHODS if m != "layers"), help="exact first")
+    parser.add_argument("--rotation", type=Path, help="of the method layers; default: where the engine finds it")
+    parser.add_argument("--alpha", type=float, default=1.1, help="sharpness of its budgets")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = load(args.model, str(args.model), pick_device(args.device), "float32")
+    sensitivity: list[float] = []
+    if "layers" in args.methods.split(","):
+        sensitivity = read_metadata(find_rotation(str(args.model), args.model, args.rotation)).sensitivity
     found: list[dict[str, Any]] = []
     for number in args.conversations.split(","):
         (path,) = args.data.glob(f"Chat_{number}_*.json")
-        shares, baselines = [float(share) for share in args.shares.split(",")], args.baselines.split(",")
-        found.append(Study(model, tokenizer, args.block, shares, baselines).run(path, args.tokens))
+        shares, methods = [float(share) for share in args.shares.split(",")], args.methods.split(",")
+        study = Study(model, tokenizer, args.block, shares, methods, sensitivity, args.alpha)
+        found.append(study.run(path, args.tokens))
         lines = table(found)
         args.out.write_text(json.dumps({"block": args.block, "conversations": found, "table": lines}, indent=1) + "\n")
         print("\n".join(lines), flush=True)

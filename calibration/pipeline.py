@@ -88,7 +88,7 @@ def calibrate(
     _stream(model, judged, errors, "clips")
     for layer_id, (k_clip, v_clip) in errors.best().items():
         rotations[layer_id] = replace(rotations[layer_id], k_clip=k_clip, v_clip=v_clip)
-    measured = sensitivity.measure(model, max(judged, key=len)[:2048])
+    measured = sensitivity.measure(model, sequences)
     channels = {layer_id: layer.channels_by_energy() for layer_id, layer in moments.layers.items()}
     config = model.config.get_text_config()
     metadata = RotationMetadata(

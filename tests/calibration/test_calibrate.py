@@ -75,14 +75,32 @@ def test_memory_does_not_grow_with_the_text(model_folders, sequences):
 
 def test_sensitivity_is_zero_where_nothing_is_hidden(model_folders, sequences, monkeypatch):
     model, _ = load(model_folders["llama"], "llama", CPU)
-    found = sensitivity.measure(model, sequences[0])
+    found = sensitivity.measure(model, sequences)
     assert found[0] == pytest.approx(0, abs=1e-6)  # the first layer's keys depend on their token alone
     assert all(0 <= value <= 2 for value in list(found.values())[1:]) and found[2] > 1e-4
     monkeypatch.setattr(
         sensitivity, "block_mask", lambda length, *_, **__: torch.ones(length, length, dtype=torch.bool)
     )
     # Full attention twice, by two routines: cosines differ from 1 by float32 rounding.
-    assert max(abs(value) for value in sensitivity.measure(model, sequences[0]).values()) <= 1e-4
+    assert max(abs(value) for value in sensitivity.measure(model, sequences).values()) <= 1e-4
+
+
+def test_sensitivity_is_the_mean_over_tokens(model_folders, sequences):
+    """Past the first two blocks, of an eighth of the sequence each."""
+    model, _ = load(model_folders["llama"], "llama", CPU)
+    long, short = sequences[0], sequences[1][:87]
+    counts = [len(ids) - 2 * (len(ids) // 8) for ids in (long, short)]
+    apart = [sensitivity.measure(model, [ids]) for ids in (long, short)]
+    for layer_id, found in sensitivity.measure(model, [long, short]).items():
+        expected = sum(n * one[layer_id] for n, one in zip(counts, apart, strict=True)) / sum(counts)
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_sensitivity_reads_a_few_sequences_from_all_over(model_folders, sequences):
+    model, _ = load(model_folders["llama"], "llama", CPU)
+    many = [ids[:64] for ids in sequences for _ in range(3)]
+    few = [many[index] for index in (0, 3, 6, 9)]
+    assert sensitivity.measure(model, many) == sensitivity.measure(model, few)
 
 
 def test_no_text(model_folders):

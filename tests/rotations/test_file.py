@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import math
 import os
 import stat
 import tempfile
@@ -148,6 +149,7 @@ def test_bad_metadata(make_set, tmp_path, strings, words):
         ({"num_kv_heads": 4}, "k_mean|truncated|expected F32|does not order"),
         ({"head_dim": 512}, "truncated|does not order"),
         ({"sensitivity": [0.5]}, "1 sensitivities for 2 layers"),
+        ({"sensitivity": [0.5, math.nan]}, "sensitivity.1: Input should be a finite number"),
         ({"k_channels": [[list(range(8))] * 2]}, "k_channels does not order the 8 channels of 2 KV heads in 2 layers"),
         ({"k_channels": [[list(range(8))]] * 2}, "k_channels does not order"),
         ({"v_channels": [[[0, *range(7)]] * 2] * 2}, "v_channels does not order"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 SCHEMA_VERSION = 1
 
@@ -58,7 +58,7 @@ class RotationMetadata(BaseModel):
     """Settings of the calibration, JSON values only."""
     source: str
     """"calibrate", "rotation-zoo v1" or "rotation-zoo v2"."""
-    sensitivity: list[float] = Field(default_factory=list)
+    sensitivity: list[FiniteFloat] = Field(default_factory=list)
     """Per layer of `layer_ids`: 1 - mean cosine of its keys with and without distant context; empty if not measured."""
     k_channels: list[list[list[int]]] = Field(default_factory=list)
     """[L][H][D]: channels of the keys, before rotation, by falling energy about their mean; empty if not measured."""
