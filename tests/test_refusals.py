@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_kvcompress import checks, plugin, rotations
+from vllm_kvcompress import checks, plugin, recipes, rotations
 from vllm_kvcompress.rotations import LayerRotation, RotationMetadata, RotationSet
 
 LAYERS, HEADS, DIM = 2, 2, 64
@@ -376,3 +376,53 @@ def test_other_connectors_are_refused(model, settings):
 
     other = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
     refused(model, "remove --kv-transfer-config", dtype="hadamard-int2", settings=settings, kv_transfer_config=other)
+
+
+def by_sensitivity(**settings):
+    return {"episodic": {**EPISODIC["episodic"], "layer_budgets": "sensitivity"}, **settings}
+
+
+def write_profile(path, sensitivity, fingerprint=""):
+    found = rotation_set(fingerprint, layers=len(sensitivity) or 2)
+    metadata = found.metadata.model_copy(update={"sensitivity": sensitivity})
+    rotations.write_rotation(path, rotations.RotationSet(metadata, found.layers))
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", ["oscar-int2", "hadamard-int2", "turboquant-2.5"])
+def test_budgets_by_layer_come_from_the_rotation_file(model, tmp_path, dtype):
+    """Of formats that need none otherwise, too; those do not rotate by it."""
+    path = tmp_path / "rotation.safetensors"
+    write_profile(path, [0.0, 0.5], rotations.model_fingerprint(model))
+    resolved = checks.resolve(configure(model, dtype, by_sensitivity(rotation=str(path))))
+    # Two layers, two classes: the lower at the floor of a quarter.
+    assert dict(resolved.budget_shares) == pytest.approx({0: 0.25, 1: 1.75}, abs=1e-5)
+    assert resolved.profile == path and resolved.rotation == (None if dtype == "hadamard-int2" else path)
+    uniform = EPISODIC if dtype == "hadamard-int2" else {**EPISODIC, "rotation": str(path)}
+    assert not checks.resolve(configure(model, dtype, uniform)).budget_shares
+
+
+@on_cpu
+def test_budgets_by_layer_without_a_profile(model, tmp_path):
+    refused(model, "no rotation file", "kvcompress calibrate", dtype="hadamard-int2", settings=by_sensitivity())
+    for number, (sensitivity, fingerprint, words) in enumerate(
+        (
+            ([], "", ("lacks", "kvcompress calibrate", '"uniform"')),
+            ([0.1, 0.2], "f" * 32, ("calibrated on other weights",)),
+            ([0.1] * 5, "", ("5 layers are no multiple of 3 or 2", '"uniform"')),
+        )
+    ):
+        path = tmp_path / f"{number}.safetensors"
+        write_profile(path, sensitivity, fingerprint)
+        refused(model, *words, dtype="hadamard-int2", settings=by_sensitivity(rotation=str(path)))
+
+
+def test_sharpness_of_a_family():
+    assert (recipes.alpha_for("Qwen/Qwen3-8B"), recipes.alpha_for("meta-llama/Llama-3.2-3B")) == (1.3, 1.1)
+
+
+@on_cpu
+def test_budgets_by_layer_need_pages_of_ours(model):
+    """vLLM's own backends are not asked layer by layer."""
+    settings = {"episodic": by_sensitivity()["episodic"]}
+    refused(model, '"layer_budgets": "sensitivity" needs a --kv-cache-dtype', dtype="auto", settings=settings)

@@ -53,6 +53,17 @@ def test_platform_seams():
     assert inspect.ismethod(check) and parameters(check) == ["vllm_config"]
 
 
+def test_layer_backend_seam():
+    """A layer's backend is an attribute, and vLLM asks it, not the choice it was made by, for the layer's spec."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
+
+    layer, backend = Attention.__new__(Attention), type("Backend", (), {})
+    compat.set_attention_backend(layer, backend)
+    assert layer.get_attn_backend() is backend
+    assert "get_attn_backend()" in inspect.getsource(get_kv_cache_spec)
+
+
 def test_block_size_seam():
     """Where a layer of another dtype learns its page: the platform's step is ours to leave out, its result to give."""
     from vllm.config import CacheConfig

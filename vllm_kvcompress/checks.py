@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vllm_kvcompress import compat, rotations, sliding
+from vllm_kvcompress import compat, recipes, rotations, sliding
 from vllm_kvcompress.config import KernelSetting, Settings, load_settings
 from vllm_kvcompress.episodic import request
-from vllm_kvcompress.errors import KVCompressError, UnsupportedModelError
+from vllm_kvcompress.episodic.policies import budget_classes
+from vllm_kvcompress.errors import KVCompressError, RotationError, UnsupportedModelError
 from vllm_kvcompress.formats import PageFormat, get_format, is_ours
 from vllm_kvcompress.formats.base import PAGE_TOKENS
 from vllm_kvcompress.kernels.selection import MAX_DECODE_QUERY_LEN, Case, choose_path
@@ -36,6 +38,10 @@ class Resolved:
     rotation: Path | None
     """Rotation file; None for formats that need none, or that would take from it which channels are outliers."""
     kernels: KernelSetting
+    profile: Path | None
+    """Rotation file that budgets by layer are from; None where all layers keep the same."""
+    budget_shares: Mapping[int, float]
+    """Layer id -> share of the budget that it keeps; empty where all keep the same"""
 
     @property
     def has_windows(self) -> bool:
@@ -65,16 +71,36 @@ def _resolve(
 ) -> Resolved:
     page_format = get_format(cache_dtype)
     sinks, recent = settings.windows(model)
-    rotation = None
+    folder = functools.partial(rotations.model_folder, model, revision, download_dir)
+    rotation, profile, shares = None, None, {}
     if page_format.needs_calibration or page_format.splits_channels:
         find = rotations.find_rotation if page_format.needs_calibration else rotations.find_optional_rotation
-        rotation = find(model, rotations.model_folder(model, revision, download_dir), settings.rotation)
-    elif settings.rotation is not None:
+        rotation = find(model, folder(), settings.rotation)
+    if settings.episodic is not None and settings.episodic.layer_budgets == "sensitivity":
+        profile = rotation or rotations.find_rotation(model, folder(), settings.rotation)
+        alpha = recipes.alpha_for(model) if settings.episodic.alpha is None else settings.episodic.alpha
+        shares = _budget_shares(model, profile, alpha)
+    elif rotation is None and settings.rotation is not None:
         raise KVCompressError(
             f"--kv-cache-dtype {page_format.name} uses no rotation file, but rotation={settings.rotation} is set; "
             "remove the setting or use --kv-cache-dtype oscar-int2"
         )
-    return Resolved(page_format, sinks, recent, rotation, settings.kernels)
+    return Resolved(page_format, sinks, recent, rotation, settings.kernels, profile, shares)
+
+
+def _budget_shares(model: str, profile: Path, alpha: float) -> dict[int, float]:
+    """Layer id -> share of the budget."""
+    metadata = rotations.read_metadata(profile)
+    setting, instead = '"layer_budgets": "sensitivity"', 'Otherwise set "layer_budgets": "uniform".'
+    if not metadata.sensitivity:
+        raise RotationError(
+            f"{setting} needs the layers' sensitivities, which {profile} lacks (it was imported, or made by an early "
+            f"release). Make a new one with: kvcompress calibrate {model}. {instead}"
+        )
+    try:
+        return dict(zip(metadata.layer_ids, budget_classes(metadata.sensitivity, alpha), strict=True))
+    except ValueError as error:
+        raise UnsupportedModelError(f"{setting} cannot serve {model}: {error}. {instead}") from None
 
 
 def _folder(vllm_config: VllmConfig) -> Path | None:
@@ -158,6 +184,10 @@ def _turn_on_eviction(vllm_config: VllmConfig) -> None:
         (
             not plain and not is_ours(dtype),
             f"eviction goes with --kv-cache-dtype auto and those of kvcompress, not with {dtype}",
+        ),
+        (
+            plain and episodic.layer_budgets != "uniform",
+            f'"layer_budgets": "{episodic.layer_budgets}" needs a --kv-cache-dtype of kvcompress; remove it',
         ),
         (
             plain and device == "cpu" and not compat.cpu_cache_is_plain(vllm_config),
@@ -286,11 +316,12 @@ def _page_tokens(vllm_config: VllmConfig) -> int:
 
 
 def _check_rotation(vllm_config: VllmConfig, resolved: Resolved) -> None:
-    if resolved.rotation is None:
+    path = resolved.rotation or resolved.profile
+    if path is None:
         return
     model_config = vllm_config.model_config
     folder = _folder(vllm_config)
-    rotation = rotations.read_rotation(resolved.rotation)
+    rotation = rotations.read_rotation(path)
     rotations.check_fits(
         rotation,
         fingerprint=None if folder is None else rotations.model_fingerprint(folder),
@@ -299,7 +330,7 @@ def _check_rotation(vllm_config: VllmConfig, resolved: Resolved) -> None:
         ),
         num_kv_heads=model_config.get_total_num_kv_heads(),
         head_dim=model_config.get_head_size(),
-        path=resolved.rotation,
+        path=path,
     )
 
 

@@ -308,6 +308,14 @@ def add_http_middleware(path: str) -> None:
     module.init_entrypoints_middleware = init_entrypoints_middleware
 
 
+def set_attention_backend(layer: Any, backend: type) -> None:
+    """Give a layer another backend, before vLLM asks it for its KV cache spec: so specs may differ by layer.
+
+    0.32, 0.33: `Attention.attn_backend`, which `get_attn_backend` returns; `customize_spec` is not told of the layer.
+    """
+    layer.attn_backend = backend
+
+
 DEFAULT_BLOCK_SIZES = {"gpu": 16, "cpu": 128}
 """Tokens of a block where neither --block-size nor a cache dtype of ours decides.
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Windows that a model family was measured to need. Data: settings override every field.
+"""What a model family was measured to need. Data: settings override every field.
 
-Sources: the OSCAR repository's examples and its README tables (GPQA against bf16 for the windows tried).
+Sources: of windows the OSCAR repository's examples and its README tables (GPQA against bf16 for the windows tried); of
+alpha EpiCache (arXiv 2509.17396).
 """
 
 from __future__ import annotations
@@ -35,3 +36,8 @@ def windows_for(model: str) -> tuple[int, int]:
         if re.search(recipe.pattern, model, re.IGNORECASE):
             return recipe.sink_tokens, recipe.recent_tokens
     return DEFAULT_SINK_TOKENS, DEFAULT_RECENT_TOKENS
+
+
+def alpha_for(model: str) -> float:
+    """Sharpness of budgets by layer (`policies.layer_budgets`) for a model name or path."""
+    return 1.3 if re.search("qwen", model, re.IGNORECASE) else 1.1

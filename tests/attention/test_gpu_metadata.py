@@ -228,13 +228,12 @@ def configure(tmp_path_factory):
 
 
 def builders(config):
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
     from vllm_kvcompress.attention.backend import KVCompressMetadataBuilder
+    from vllm_kvcompress.attention.pages import PageSpec
     from vllm_kvcompress.attention.window_layer import WindowMetadataBuilder
     from vllm_kvcompress.attention.windows import make_window_spec
 
-    spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=2, head_size=64, dtype=torch.uint8, state_content_bytes=41)
+    spec = PageSpec(block_size=PAGE, num_kv_heads=2, head_size=64, dtype=torch.uint8, state_content_bytes=41)
     window_spec = make_window_spec(spec, config, 16, 64)
     device = torch.device("cpu")
     return (

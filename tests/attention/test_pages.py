@@ -46,8 +46,8 @@ class Sequence:
 class Engine:
     """Schedules random steps and carries them out on pages that know their writer."""
 
-    def __init__(self, rng: random.Random, blocks: int, step_tokens: int, lags: bool) -> None:
-        spec = PageSpec(block_size=PAGE, num_kv_heads=1, head_size=64, dtype=torch.uint8)
+    def __init__(self, rng: random.Random, blocks: int, step_tokens: int, lags: bool, share: float = 1.0) -> None:
+        spec = PageSpec(block_size=PAGE, num_kv_heads=1, head_size=64, dtype=torch.uint8, budget_share=share)
         self.rng, self.step_tokens, self.lags = rng, step_tokens, lags
         self.pool = BlockPool(blocks, enable_caching=True, hash_block_size=PAGE)
         self.manager = PageManager(
@@ -65,6 +65,7 @@ class Engine:
     def add(self, sequence: Sequence) -> None:
         if sequence.eviction is not None:
             self.manager.begin_eviction(sequence.name, sequence.eviction)
+            sequence.eviction = sequence.eviction.share(self.manager.kv_cache_spec.budget_share, PAGE)
         self.waiting.append(sequence)
 
     def end(self, sequence: Sequence) -> None:
@@ -151,7 +152,7 @@ class Engine:
 
     def compact(self, sequence: Sequence, compaction, before: list[int]) -> None:
         eviction, begin, end = sequence.eviction, compaction.begin, compaction.end
-        assert eviction is not None and compaction.eviction is eviction
+        assert eviction is not None and compaction.eviction == eviction
         budget = eviction.budget_pages
         assert begin == max(budget, sequence.nulls[1]) and end > begin
         assert list(compaction.freed) == before[begin:end]
@@ -189,12 +190,12 @@ class Engine:
         assert self.pool.get_num_free_blocks() == self.free - len(owners)
 
 
-def random_sequence(rng: random.Random, number: int, step_tokens: int, room: int) -> Sequence:
+def random_sequence(rng: random.Random, number: int, step_tokens: int, room: int, share: float) -> Sequence:
     prompt, output = rng.randint(1, 600), rng.choice([1, 5, 100, 400])
     eviction = None
     if rng.random() < 0.8:
         eviction = Eviction(rng.randint(1, 6), "streaming", (), 0, rng.choice([0, 1, 15, 16, 17, 40]), step_tokens)
-        if eviction.peak_pages(PAGE) > room:
+        if eviction.share(share, PAGE).peak_pages(PAGE) > room:
             eviction = None
     if eviction is None:  # must fit the pool whole
         prompt, output = min(prompt, PAGE * room // 2), min(output, PAGE * room // 2 - 1)
@@ -211,9 +212,10 @@ def test_random_steps(blocks, lags):
     preemptions = compactions = 0
     for _ in range(6):
         step_tokens = rng.choice([8, 16, 40, 64, 100])
-        engine = Engine(rng, blocks, step_tokens, lags)
+        share = rng.choice([1.0, 0.25, 0.7, 1.9])
+        engine = Engine(rng, blocks, step_tokens, lags, share)
         for number in range(rng.randint(4, 12)):
-            engine.add(random_sequence(rng, number, step_tokens, blocks - 1))
+            engine.add(random_sequence(rng, number, step_tokens, blocks - 1, share))
         for _ in range(20_000):
             if not engine.running and not engine.waiting:
                 break
@@ -238,6 +240,30 @@ def test_the_bound_is_reached():
     while engine.running or engine.waiting:
         engine.step()
     assert eviction.peak_pages(PAGE) - 1 <= engine.peak <= eviction.peak_pages(PAGE)
+
+
+@pytest.mark.parametrize(
+    ("share", "protected", "kept"), [(1.0, 0, 8), (0.25, 0, 2), (1.7, 0, 14), (0.25, 2 * PAGE, 3), (0.1, 1, 2)]
+)
+def test_a_group_keeps_its_share_of_the_budget(share, protected, kept):
+    """Rounded to pages, but at least one beside those of what is protected."""
+    engine = Engine(random.Random(0), 200, 64, lags=False, share=share)
+    engine.add(Sequence("r", 1600, 1600, 1610, Eviction(8, "streaming", (), protected, 16, 64)))
+    engine.rng.random = lambda: 0.5  # type: ignore[method-assign]
+    engine.rng.choice = lambda options: options[0]  # type: ignore[method-assign, assignment]
+    for _ in range(30):
+        engine.step()
+    assert engine.compactions and engine.manager.evicted("r")[0] == kept
+
+
+def test_layers_of_different_shares_are_groups_apart():
+    """vLLM merges specs that differ in nothing it knows: pages of one share are never taken for another's."""
+    specs = [PageSpec(block_size=PAGE, num_kv_heads=1, head_size=64, dtype=torch.uint8, budget_share=s) for s in (1, 2)]
+    assert PageSpec.merge([specs[1]] * 3) == specs[1]
+    with pytest.raises(AssertionError, match="different budgets"):
+        PageSpec.merge(specs)
+    assert specs[0].is_uniform_with_collection({"a": specs[0], "b": specs[0]})
+    assert not specs[0].is_uniform_with_collection({"a": specs[0], "b": specs[1]})
 
 
 def test_what_is_due_when_a_request_ends_is_not_done():

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans without an engine: figures recorded on a GPU, tensor parallelism, the longest request, refusals."""
 
+from dataclasses import replace
+
 import pytest
 
+from vllm_kvcompress import compat
 from vllm_kvcompress.capacity.geometry import head_bytes_per_token, read_geometry
-from vllm_kvcompress.capacity.plan import FORMATS, configure, default_block_size, plan
+from vllm_kvcompress.capacity.plan import FORMATS, _layer_specs, configure, default_block_size, plan
 from vllm_kvcompress.errors import KVCompressError, UnsupportedModelError
 from vllm_kvcompress.formats import is_ours
 
@@ -90,6 +93,31 @@ def test_windows(config):
     assert shares[0] < shares[1] < 1
     assert on_gpu(config, "auto", 8 << 30, 1024) == on_gpu(config, "auto", 8 << 30, 1024, (0, 0))
     assert config.model_config.max_model_len == 131072 and config.cache_config.cache_dtype == "auto"
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("windows", [WINDOWS, (0, 0)])
+def test_budgets_by_layer_take_no_memory(tmp_path, classes, windows):
+    """Classes of equally many layers: each a group beside its windows, in blocks of a class instead of all layers.
+
+    So there are as many times more blocks, and a rest of memory that held no block of all layers may hold some.
+    """
+    config = configure("llama", save_config(tmp_path, num_hidden_layers=6))
+    memory, length = 1 << 30, 8192
+    uniform = on_gpu(config, "int2", memory, length, windows)
+    config.cache_config.cache_dtype, config.cache_config.block_size = "int2", 128
+    _, specs = _layer_specs(config, windows)
+    class_of = {index: index % classes for index in range(6)}
+    specs = {name: replace(spec, budget_share=0.5 + class_of[int(name[7])]) for name, spec in specs.items()}
+    found, _ = compat.fit_kv_cache(config, specs, memory)
+    members = [{int(name[7]) for name in group.layer_names} for group in found.kv_cache_groups]
+    expected = [{index for index in class_of if class_of[index] == number} for number in range(classes)]
+    assert sorted(map(sorted, members)) == sorted(map(sorted, expected * (2 if any(windows) else 1)))
+    assert classes * uniform.blocks <= found.num_blocks < classes * (uniform.blocks + 1)
+    config.model_config.max_model_len = length
+    tokens, requests = compat.kv_cache_capacity(config, found)
+    assert uniform.requests <= requests < uniform.requests * (1 + 1 / uniform.blocks)
+    assert uniform.tokens <= tokens
 
 
 @pytest.mark.parametrize("name", FORMATS)

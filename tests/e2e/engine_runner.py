@@ -55,7 +55,8 @@ def main() -> None:
         report["rounds"].append(
             [
                 {
-                    "peak_pages": peaks.get(output.request_id.split("-")[0]),
+                    "peak_pages": max(peaks.get(output.request_id.split("-")[0], [0])),
+                    "peaks": peaks.get(output.request_id.split("-")[0]),
                     "tokens": list(output.outputs[0].token_ids),
                     "cached": output.num_cached_tokens,
                     "eviction": (output.kv_transfer_params or {}).get("kvcompress"),
@@ -121,26 +122,31 @@ def watch_pool(pool) -> list[int]:
 def watch_pages(scheduler) -> dict[str, int]:
     """Most pages, null ones aside, that each request held after any step was scheduled; who holds a page is checked.
 
-    Request ids without the random part that vLLM appends to them.
+    One number a group of page layers. Request ids without the random part that vLLM appends to them.
     """
     peaks, original = {}, scheduler.schedule
-    manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    managers = [manager for manager in managers if hasattr(manager, "begin_eviction")] or managers[:1]
 
     def schedule(*args, **kwargs):
         output = original(*args, **kwargs)
+        for group, manager in enumerate(managers):
+            look(group, manager)
+        return output
+
+    def look(group, manager):
         holders = {}
         for request_id, blocks in manager.req_to_blocks.items():
             held = [block for block in blocks if not block.is_null]
             for block in held:
                 holders.setdefault(block.block_id, []).append(request_id)
                 assert block.ref_cnt >= len(holders[block.block_id]), "a page of two owners that counts one"
-            name = request_id.split("-")[0]
-            peaks[name] = max(peaks.get(name, 0), len(held))
+            found = peaks.setdefault(request_id.split("-")[0], [0] * len(managers))
+            found[group] = max(found[group], len(held))
             if request_id in getattr(manager, "_states", {}):
                 assert all(block.block_hash is None for block in held), "published"
                 about_an_episode = scheduler.connector._requests[request_id][1].episode is not None
                 assert about_an_episode or all(block.ref_cnt == 1 for block in held), "shared"
-        return output
 
     scheduler.schedule = schedule
     return peaks
@@ -198,11 +204,12 @@ def poison_evicted_pages(wrapper) -> None:
 
     def compact_and_poison(self, order):
         compact(self, order)
-        freed = order.tables[order.group][order.begin : order.end]
-        for name in self._groups[order.group][1]:
-            cache = context[name].kv_cache
-            # vLLM's own kernels read what follows a page's last token, with weight 0: finite, but seen otherwise.
-            cache[freed] = 0xFF if cache.dtype == torch.uint8 else 100.0
+        for part in order.parts:
+            freed = order.tables[part.group][order.nulls[part.group][1] : part.end]
+            for name in self._groups[part.group][1]:
+                cache = context[name].kv_cache
+                # vLLM's own kernels read what follows a page's last token, with weight 0: finite, but seen otherwise.
+                cache[freed] = 0xFF if cache.dtype == torch.uint8 else 100.0
 
     def watched_spill(self, name):
         blocks, before = (

@@ -21,6 +21,13 @@ import torch
 from vllm_kvcompress.episodic.policies import POLICIES, Layer, always_kept, select
 from vllm_kvcompress.evaluation import epicache_reference
 from vllm_kvcompress.formats import get_format
+from vllm_kvcompress.rotations import (
+    ROTATION_BESIDE_MODEL,
+    LayerRotation,
+    RotationMetadata,
+    RotationSet,
+    write_rotation,
+)
 
 RUNNER = Path(__file__).with_name("engine_runner.py")
 VOCABULARY, MAX_LEN, PAGE = 512, 6144, 128
@@ -386,6 +393,10 @@ def real_weights(demo_model, tmp_path_factory):
 
     Trained, so that heads look for something; few layers and words, because the rest adds time and no eviction.
     """
+    return first_layers(demo_model, LAYERS, tmp_path_factory.mktemp("first-layers"))
+
+
+def first_layers(demo_model, layers: int, folder: Path):
     from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
@@ -394,12 +405,11 @@ def real_weights(demo_model, tmp_path_factory):
     guide = tokenizer("You may reproduce the Work, provided that you give recipients a copy of")["input_ids"]
     words = sorted({*text, *guide})
     config = json.loads((demo_model / "config.json").read_text())
-    config |= {"vocab_size": len(words), "num_hidden_layers": LAYERS, "bos_token_id": 0, "eos_token_id": 0}
-    folder = tmp_path_factory.mktemp("first-layers")
+    config |= {"vocab_size": len(words), "num_hidden_layers": layers, "bos_token_id": 0, "eos_token_id": 0}
     (folder / "config.json").write_text(json.dumps(config))
     weights = {}
     for name, tensor in load_file(demo_model / "model.safetensors").items():
-        if ".layers." not in name or int(name.split(".layers.")[1].split(".")[0]) < LAYERS:
+        if ".layers." not in name or int(name.split(".layers.")[1].split(".")[0]) < layers:
             weights[name] = (tensor[words] if "embed_tokens" in name or "lm_head" in name else tensor).contiguous()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     index = {word: place for place, word in enumerate(words)}
@@ -408,30 +418,42 @@ def real_weights(demo_model, tmp_path_factory):
 
 
 def reference_logprobs(
-    model, ids: torch.Tensor, name: str | None, budget: int, guide: torch.Tensor, recent_tokens: int = RECENT
+    model,
+    ids: torch.Tensor,
+    name: str | None,
+    budget: int | list[int],
+    guide: torch.Tensor,
+    recent_tokens: int = RECENT,
 ) -> torch.Tensor:
-    """ln p of every token but the first, with the engine's timing: [len(ids) - 1].
+    """ln p of every token but the first, with the engine's timing: [len(ids) - 1]; `budget` of all or of each layer.
 
     Eviction comes before a block is read. It chooses among full pages that the recent window has left behind: those
     that the last one left and those that have come since; the others are scored (the softmax sees them) and stay.
     """
-    cache, found, evicted_to, pages_kept = epicache_reference.Cache(), [], 0, budget // PAGE
+    cache, found = epicache_reference.Cache(), []
+    budgets = [budget] * model.config.num_hidden_layers if isinstance(budget, int) else budget
+    evicted_to = [0] * len(budgets)
     queries: epicache_reference.Captured = {}
     for begin in range(0, len(ids), BLOCK):
         end = min(((-(-begin // PAGE) - 1) * PAGE + 1 - recent_tokens) // PAGE, -(-begin // PAGE) - 2)
-        held = end if not evicted_to else pages_kept + end - evicted_to
-        if name is not None and held > pages_kept:
-            policy, sources = POLICIES[name], held * PAGE
+        held = [end if not to else b // PAGE + end - to for b, to in zip(budgets, evicted_to, strict=True)]
+        due = {
+            i for i, (b, pages) in enumerate(zip(budgets, held, strict=True)) if name is not None and pages > b // PAGE
+        }
+        if name is not None and due:
+            policy = POLICIES[name]
             if policy.queries == "guide":
                 queries = epicache_reference.forward(model, guide, cache.branch())[1]
             for index, layer in cache.layers.items():
-                slots = layer.key.shape[1]
+                if index not in due:
+                    continue
+                slots, sources, budget = layer.key.shape[1], held[index] * PAGE, budgets[index]
                 asked = queries[index] if policy.queries == "guide" else queries[index][-64:]
                 scores = policy.score(Layer(layer.key.transpose(0, 1), asked, layer.scale))[:, :sources]
                 recent = max(0, policy.recent(budget) - (slots - sources))
                 kept = select(scores, budget, always_kept(sources, budget, leading=SINKS, recent=recent))
                 layer.keep(torch.cat([kept, torch.arange(sources, slots).expand(len(kept), -1)], dim=1))
-            evicted_to = end
+                evicted_to[index] = end
         with torch.no_grad():
             hidden, queries = epicache_reference.forward(model, ids[begin : begin + BLOCK], cache)
             following = ids[begin + 1 : begin + BLOCK + 1]
@@ -503,3 +525,79 @@ def test_sixteen_bit_pages_evict_what_the_reference_evicts(real_weights, tmp_pat
         if name is not None:
             assert outputs[0]["peak_pages"] <= budget // PAGE + BLOCK // PAGE + 2
     assert report["free_after"] == report["free_before"]
+
+
+# --- budgets by layer ---------------------------------------------------------------------------------------------
+
+PAGES_OF_LAYER = (4, 7, 2, 7, 4, 2)
+
+
+@pytest.fixture(scope="module")
+def layered(demo_model, tmp_path_factory):
+    """Six layers, and a made-up profile that puts them in three classes, neither in their order nor next to each other.
+
+    At alpha 1 and a budget of four pages: the least sensitive at the floor of a quarter, lifted to one beside that of
+    the sinks; the others in proportion share what the floor leaves, 3.67 and 7.33 pages.
+    """
+    folder, ids, guide = first_layers(demo_model, 6, tmp_path_factory.mktemp("six-layers"))
+    eye = torch.eye(64).expand(3, -1, -1)
+    plain = LayerRotation(eye, eye, torch.zeros(3, 64), torch.ones(3), torch.ones(3))
+    metadata = RotationMetadata(
+        model="", fingerprint="", layer_ids=list(range(6)), num_kv_heads=3, num_query_heads=9, head_dim=64,
+        source="calibrate", sensitivity=[0.5, 0.75, 0.25, 0.75, 0.5, 0.25],
+    )  # fmt: skip
+    write_rotation(folder / ROTATION_BESIDE_MODEL, RotationSet(metadata, dict.fromkeys(range(6), plain)))
+    return folder, ids, guide
+
+
+def test_layers_keep_budgets_of_their_own(layered, tmp_path):
+    """Each class frees its own number of pages, and keeps what the reference with those budgets keeps.
+
+    As `test_the_engine_evicts_what_the_reference_evicts`: within twice what 4-bit pages are off without eviction.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from vllm_kvcompress.calibration.tap import NAME
+
+    folder, ids, guide = layered
+    asked, history = ask("epicache", BUDGET, guide), 4 * BLOCK
+    question = {**asked, "kvcompress_episode": "a"}
+    scored = {**SCORED, "max_tokens": 1}
+    rounds = [
+        Round([ids], [None], scored),
+        Round([ids], [asked], scored),
+        Round([ids[:history]], [{**asked, "kvcompress_keep": "a"}], GREEDY),
+        Round([ids], [question], GREEDY),
+        Round([ids], [question], GREEDY),
+        Round([ids[: history + 50], ids, ids], [question, question, None], GREEDY),
+    ]
+    settings = {"budget": BUDGET, "block_tokens": BLOCK, "layer_budgets": "sensitivity", "alpha": 1.0}
+    settings = {"kvcompress": {"sink_tokens": SINKS, "recent_tokens": RECENT, "episodic": settings}}
+    report = run(folder, tmp_path, rounds, additional_config=settings)
+    assert sorted(report["managers"]) == ["PageManager"] * 3 + ["WindowManager"] * 3
+    everything, evicting, kept, *asking = report["rounds"]
+    classes = sorted(set(PAGES_OF_LAYER))
+    assert everything[0]["peaks"] == [-(-len(ids) // PAGE)] * 3
+    for pages, most in zip(classes, sorted(evicting[0]["peaks"]), strict=True):
+        assert pages + BLOCK // PAGE <= most <= peak(pages * PAGE, BLOCK)
+    assert kept[0]["eviction"]["kept_tokens"] == history
+    answers = [out for outputs in asking for out in outputs]
+    assert [out["eviction"] and out["eviction"]["reused_tokens"] for out in answers] == [history] * 4 + [None]
+    assert all(math.isfinite(x) for outputs in report["rounds"] for x in numbers(outputs))
+    # What is kept is not written by those who ask.
+    assert (answers[0]["tokens"], answers[0]["logprobs"]) == (answers[1]["tokens"], answers[1]["logprobs"])
+    assert same_until_a_tie(answers[3], answers[0]) < SAME
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=NAME).eval()
+    prompt, guide_ids = torch.tensor(ids), torch.tensor(guide)
+    budgets = [pages * PAGE for pages in PAGES_OF_LAYER]
+    cases: list[tuple[str | None, int | list[int]]] = [(None, BUDGET), ("epicache", budgets), ("epicache", BUDGET)]
+    cases.append(("epicache", budgets[::-1]))
+    expected = [reference_logprobs(model, prompt, name, budget, guide_ids) for name, budget in cases]
+    engine = [torch.tensor(outputs[0]["prompt_logprobs"][1:]) for outputs in (everything, evicting)]
+    first = 2 * BLOCK
+    distance = torch.tensor([[float((a - b)[first:].square().mean().sqrt()) for b in expected] for a in engine])
+    print(f"engine against reference, root mean square in nat: nothing evicted, by layer\n{distance}")
+    own = distance[1, 1]
+    assert own <= 2 * distance[0, 0]
+    assert (distance[1, [0, 2, 3]] > 1.25 * own).all()

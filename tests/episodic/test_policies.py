@@ -296,6 +296,26 @@ def test_refusals_of_budgets(arguments, words):
         policies.layer_budgets(*arguments)
 
 
+@pytest.mark.parametrize("layers", [2, 3, 9, 28, 30])
+def test_budget_classes(layers):
+    """By brute force: layers in the order of their own budgets, cut in three or else two, the mean of each."""
+    sensitivity = [random.uniform(0, 2) for _ in range(layers)]
+    found, own = policies.budget_classes(sensitivity, 1.3), policies.layer_budgets(sensitivity, 1 << 20, 1.3)
+    size = layers // 3 if layers % 3 == 0 else layers // 2
+    order = sorted(range(layers), key=own.__getitem__)
+    for rank, layer in enumerate(order):
+        members = order[rank // size * size :][:size]
+        assert found[layer] == pytest.approx(sum(own[m] for m in members) / size / (1 << 20), rel=1e-12)
+    assert sum(found) == pytest.approx(layers)
+    assert len(set(found)) <= layers // size
+
+
+@pytest.mark.parametrize("layers", [1, 5, 25, 61])
+def test_layers_that_no_classes_divide(layers):
+    with pytest.raises(ValueError, match=f"{layers} layers are no multiple of 3 or 2"):
+        policies.budget_classes([random.random() for _ in range(layers)], 1.1)
+
+
 def test_layer_sensitivity():
     full, masked = torch.randn(2, 50, 64), torch.randn(2, 50, 64)
     a, b = full.double(), masked.double()

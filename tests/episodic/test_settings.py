@@ -32,6 +32,8 @@ def test_sizes_are_read_as_kvcompress_plan_reads_them():
         ({"budget": 4096, "threshold_tokens": 1024}, "threshold_tokens=1024 is below budget=4096.*Raise"),
         ({"budget": 4096, "host_memory": -1}, "greater than or equal to 0"),
         ({"budget": 4096, "host_memory": "4 gigs"}, "not a size: '4 gigs'; write bytes, or 80GiB"),
+        ({"budget": 4096, "layer_budgets": "sensitivity", "alpha": -1}, "greater than or equal to 0"),
+        ({"budget": 4096, "alpha": 1.5}, 'alpha=1.5 is of no use to uniform budgets: add "layer_budgets"'),
         ({"budget": 4096, "bugdet": 1}, "Extra inputs are not permitted"),
     ],
 )
@@ -44,10 +46,12 @@ def test_identities_cover_every_setting_that_matters():
     """A new setting must be sorted into one of them, or be known to change neither episodes nor pages."""
     harmless = {"threshold_tokens", "routing", "host_memory"}
     others = {"embedder": "x", "policy": "snapkv", "routing": "centroid", "growth": 3, "block_tokens": 1024}
-    base = EpisodicSettings(budget=4096)
+    others |= {"layer_budgets": "uniform", "alpha": 1.2}
+    given = {"budget": 4096, "layer_budgets": "sensitivity"}
+    base = EpisodicSettings.model_validate(given)
     for name in EpisodicSettings.model_fields:
         value = others[name] if name in others else (getattr(base, name) or 4096) + 1
-        changed = EpisodicSettings.model_validate({"budget": 4096, name: value})
+        changed = EpisodicSettings.model_validate({**given, name: value})
         same = (
             changed.clustering_identity() == base.clustering_identity(),
             changed.page_identity() == base.page_identity(),

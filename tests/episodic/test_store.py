@@ -29,7 +29,7 @@ def entry(pool, tokens, salt=None, eviction=EVICTION):
     """Kept of a request that has finished since."""
     blocks = pool.get_new_blocks(len(tokens) // PAGE)
     table = [blocks[0], pool.null_block, *blocks[1:]]
-    return Kept(digest(tokens, salt), len(tokens), eviction, {0: table}, end=2), blocks
+    return Kept(digest(tokens, salt), len(tokens), eviction, {0: table}), blocks
 
 
 def test_found_for_the_same_beginning_only(pool):
@@ -124,10 +124,10 @@ def test_a_question_takes_over_the_pages_and_replaces_them_before_they_would_be_
     for computed in range(0, prompt, 2 * PAGE):
         advance(manager, "build", computed, 2 * PAGE, prompt)
     assert advance(manager, "build", prompt, 1, prompt) is not None, "the last block of the prompt is compacted, too"
-    begin, end = manager.evicted("build")
+    begin, _ = manager.evicted("build")
     table = manager.req_to_blocks["build"][: prompt // PAGE]
     tokens = [rng.randrange(1000) for _ in range(prompt)]
-    kept = Kept(digest(tokens, None), prompt, EVICTION, {0: table}, end)
+    kept = Kept(digest(tokens, None), prompt, EVICTION, {0: table})
     store.keep("a", kept)
     manager.end_eviction("build")
     manager.free("build")
@@ -137,7 +137,7 @@ def test_a_question_takes_over_the_pages_and_replaces_them_before_they_would_be_
     for name in ("not admitted", "question"):
         manager.begin_eviction(name, EVICTION)
         assert store.find("a", [*tokens, 1], None, EVICTION) is kept
-        manager.adopt(name, table, end)
+        manager.adopt(name, table)
         wanted = manager.get_num_blocks_to_allocate(name, prompt + 5, (), prompt, 0, prompt + 5)
         assert wanted == 1, "only what is new needs a page"
         if name == "question":
@@ -174,7 +174,7 @@ def test_without_room_for_the_copy_the_compaction_waits(pool):
     manager, tokens = manager_of(pool), list(range(6 * PAGE))
     _, blocks = entry(pool, tokens)
     manager.begin_eviction("q", EVICTION)
-    manager.adopt("q", blocks, 0)
+    manager.adopt("q", blocks)
     manager.add_local_computed_blocks("q", (), 0, len(tokens))
     manager.allocate_external_computed_blocks("q", 0, len(tokens))
     manager.withdraw_offers()
@@ -192,11 +192,11 @@ def test_an_episode_that_gives_way_to_its_only_question_is_not_copied(pool):
     manager, tokens, store = manager_of(pool), list(range(6 * PAGE)), EpisodeStore(pool, host_slots=6)
     manager.make_room = store.make_room
     blocks = pool.get_new_blocks(6)
-    store.keep("a", Kept(digest(tokens, None), len(tokens), EVICTION, {0: blocks}, 0))
+    store.keep("a", Kept(digest(tokens, None), len(tokens), EVICTION, {0: blocks}))
     pool.free_blocks(blocks)
     manager.begin_eviction("q", EVICTION)
     assert store.find("a", [*tokens, 1], None, EVICTION)
-    manager.adopt("q", blocks, 0)
+    manager.adopt("q", blocks)
     manager.add_local_computed_blocks("q", (), 0, len(tokens))
     manager.allocate_external_computed_blocks("q", 0, len(tokens))
     manager.withdraw_offers()
@@ -397,9 +397,8 @@ class Contents:
             self.requests = [other for other in self.requests if other is not blocks]
             if rng.random() < 0.7:
                 name, tokens = rng.choice("abcdef"), [rng.randrange(1000) for _ in range(PAGE)]
-                kept = Kept(
-                    digest(tokens, None), PAGE, EVICTION, {0: blocks[:1], 1: [self.pool.null_block, *blocks[1:]]}, 0
-                )
+                tables = {0: blocks[:1], 1: [self.pool.null_block, *blocks[1:]]}
+                kept = Kept(digest(tokens, None), PAGE, EVICTION, tables)
                 self.store.keep(name, kept)
                 self.episodes[name] = tokens, [self.written[block.block_id] for block in blocks]
             self.pool.free_blocks(blocks)

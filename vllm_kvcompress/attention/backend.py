@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -104,6 +105,7 @@ class KVCompressBackend(AttentionBackend):
     """
 
     page_format: ClassVar[PageFormat]
+    budget_share: ClassVar[float] = 1.0
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
 
     @staticmethod
@@ -137,11 +139,12 @@ class KVCompressBackend(AttentionBackend):
         return True  # our own (`episodic.connector`); others are refused at start
 
     @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+    def customize_spec(cls, spec: AttentionSpec) -> PageSpec:
         """Pages of our bytes: vLLM allocates heads x tokens x `bytes_per_token`, whose inside is ours."""
         layout = cls.page_format.layout(spec.head_size, spec.block_size)
         assert isinstance(spec, FullAttentionSpec)
-        return replace(PageSpec.of(spec), state_content_bytes=layout.bytes_per_token)
+        pages = PageSpec.of(spec)
+        return replace(pages, state_content_bytes=layout.bytes_per_token, budget_share=cls.budget_share)
 
     @staticmethod
     def get_impl_cls():
@@ -152,6 +155,12 @@ class KVCompressBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[KVCompressMetadataBuilder]:
         return KVCompressMetadataBuilder
+
+
+@functools.cache
+def with_budget_share(backend: type[KVCompressBackend], share: float) -> type[KVCompressBackend]:
+    """The backend of layers that keep a share of the budget: vLLM asks a layer's backend for its spec."""
+    return type(backend.__name__, (backend,), {"budget_share": share, "__module__": backend.__module__})
 
 
 def _class_name(format_name: str) -> str:

@@ -17,8 +17,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType, max_decode_query_len
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_kvcompress import rotations
-from vllm_kvcompress.attention.backend import KVCompressMetadata
+from vllm_kvcompress import compat, rotations
+from vllm_kvcompress.attention.backend import KVCompressMetadata, with_budget_share
 from vllm_kvcompress.attention.gpu_metadata import GpuMetadata, StepPart
 from vllm_kvcompress.attention.plan import ReadGroup
 from vllm_kvcompress.attention.window_layer import WINDOW_SUFFIX, WindowLayer, WindowMetadata
@@ -111,7 +111,11 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         """Load this layer's rotations and register its companion cache; the first moment the layer's name is known."""
         context = self._vllm_config.compilation_config.static_forward_context
         name, layer = next((n, module) for n, module in context.items() if getattr(module, "impl", None) is self)
-        self._load_rotation(extract_layer_index(name))
+        index = extract_layer_index(name)
+        self._load_rotation(index)
+        share = self._resolved.budget_shares.get(index, 1.0)
+        if share != layer.get_attn_backend().budget_share:
+            compat.set_attention_backend(layer, with_budget_share(layer.get_attn_backend(), share))
         if self._resolved.has_windows and not self._window_name:
             sinks, recent = self._resolved.sink_tokens, self._resolved.recent_tokens
             self._window = WindowLayer(layer, self.num_heads, sinks, recent)

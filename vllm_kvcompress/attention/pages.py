@@ -14,11 +14,12 @@ sent: whoever gets them writes in that step's forward pass, and the worker compa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_kvcompress import compat
 from vllm_kvcompress.attention.adoption import AdoptsBlocks
@@ -31,6 +32,21 @@ _ROOM_FOR_WINDOWS = 64
 @dataclass(frozen=True, kw_only=True)
 class PageSpec(FullAttentionSpec):
     """Pages of one of our formats. A class of its own so that vLLM gives its groups our manager."""
+
+    budget_share: float = 1.0
+    """Of the budget that requests ask for: layers of different shares are groups apart, whose managers free their own
+    pages. So is a layer's window, for the step's index tensors are made once per group, of pages and windows alike."""
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        merged = super().merge(specs)
+        assert all(spec.budget_share == specs[0].budget_share for spec in specs), "layers of different budgets"
+        return replace(merged, budget_share=specs[0].budget_share)
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        return super().is_uniform_with_collection(kv_cache_specs) and all(
+            isinstance(spec, PageSpec) and spec.budget_share == self.budget_share for spec in kv_cache_specs.values()
+        )
 
     @classmethod
     def of(cls, spec: FullAttentionSpec) -> PageSpec:
@@ -76,6 +92,8 @@ class _State:
 class PageManager(AdoptsBlocks, FullAttentionManager):
     """Full attention, of which evicting requests keep a budget."""
 
+    kv_cache_spec: PageSpec
+
     def __init__(self, kv_cache_spec: PageSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._states: dict[str, _State] = {}
@@ -84,8 +102,9 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
         """Asked to have kept episodes give way where fewer blocks than these are free"""
 
     def begin_eviction(self, request_id: str, eviction: Eviction) -> None:
-        """The request keeps `eviction.budget_pages` pages from its first step on."""
-        self._states[request_id] = _State(eviction)
+        """The request keeps this group's share of `eviction.budget_pages` pages from its first step on."""
+        own = eviction.share(self.kv_cache_spec.budget_share, self.block_size)
+        self._states[request_id] = _State(own)
 
     def end_eviction(self, request_id: str) -> None:
         """The request has finished. vLLM asks for skipped blocks once more before it says so: nobody compacts those."""
@@ -114,11 +133,11 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
         state = self._states[request_id]
         return (state.first, state.replaced) if state.replaced else (self.req_to_blocks[request_id][0].block_id, ())
 
-    def adopt(self, request_id: str, blocks: list[KVCacheBlock], end: int) -> None:
-        """Offer the request the kept pages of a stored episode, of which [budget_pages, end) are null."""
+    def adopt(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
+        """Offer the request the kept pages of a stored episode, null where evicted."""
         self.offer(request_id, blocks)
         state = self._states[request_id]
-        state.end, state.shared = end, True
+        state.end, state.shared = max((i + 1 for i, block in enumerate(blocks) if block.is_null), default=0), True
 
     def withdraw_offers(self) -> None:
         for request_id in self._offers:  # not taken

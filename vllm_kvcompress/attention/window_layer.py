@@ -26,6 +26,7 @@ from vllm_kvcompress.attention.gpu_metadata import (
     cudagraph_support,
     max_varlen_query_len,
 )
+from vllm_kvcompress.attention.pages import PageSpec
 from vllm_kvcompress.attention.windows import WindowSpec, make_window_spec
 
 WINDOW_SUFFIX = ".window"
@@ -125,4 +126,5 @@ class WindowLayer(AttentionLayerBase):
         main = self._main.get_kv_cache_spec(vllm_config)
         assert isinstance(main, AttentionSpec)
         pages = self._main.get_attn_backend().customize_spec(main)
+        assert isinstance(pages, PageSpec)
         return make_window_spec(pages, vllm_config, *self._windows)

@@ -19,10 +19,11 @@ from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
-from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from vllm_kvcompress import compat
 from vllm_kvcompress.attention.adoption import AdoptsBlocks
+from vllm_kvcompress.attention.pages import PageSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class WindowSpec(SlidingWindowSpec):
     recent_tokens: int
     rollback_tokens: int
     """By how many tokens a step may begin before the end of an earlier one: drafts that are taken back."""
+    budget_share: float = 1.0
+    """That of the layer's pages (`PageSpec`)"""
 
     @property
     def num_retained_tokens(self) -> int:
@@ -70,7 +73,7 @@ class WindowSpec(SlidingWindowSpec):
 
 
 def make_window_spec(
-    main: AttentionSpec, vllm_config: VllmConfig, sink_tokens: int, recent_tokens: int, itemsize: int = 2
+    main: PageSpec, vllm_config: VllmConfig, sink_tokens: int, recent_tokens: int, itemsize: int = 2
 ) -> WindowSpec:
     """Spec of a layer's windows, its pages padded to the bytes of the layer's 2-bit pages.
 
@@ -93,6 +96,7 @@ def make_window_spec(
         recent_tokens=recent_tokens,
         # The steps in flight count their drafts as computed, and so did the last one that was processed.
         rollback_tokens=vllm_config.num_speculative_tokens * vllm_config.max_concurrent_batches,
+        budget_share=main.budget_share,
     )
 
 

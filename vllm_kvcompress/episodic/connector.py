@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.request import RequestStatus
 
 from vllm_kvcompress.attention.adoption import AdoptsBlocks
-from vllm_kvcompress.attention.pages import PageManager
+from vllm_kvcompress.attention.pages import Compaction, PageManager
 from vllm_kvcompress.attention.windows import WindowManager
 from vllm_kvcompress.checks import eviction_defaults
 from vllm_kvcompress.episodic.host import Copy, count_slots
@@ -40,19 +40,30 @@ _COMPLETE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPE
 
 
 @dataclass(frozen=True)
+class Part:
+    """What a compaction does to the layers of one KV cache group."""
+
+    group: int
+    end: int
+    """Pages of the table from where it was null before up to here are freed"""
+    targets: list[int]
+    """ids of the pages that get the survivors: the first of the table, but where those are shared"""
+
+
+@dataclass(frozen=True)
 class Order:
     """A compaction, with all that the worker needs of the request: it may be in no batch."""
 
-    group: int
+    parts: list[Part]
+    """One, or several that are due at once: their scores come from one pass of the guide over all that there was"""
     tables: dict[int, list[int]]
     """KV cache group -> page ids before the compaction, 0 where null"""
+    nulls: dict[int, tuple[int, int]]
+    """KV cache group of pages -> [begin, end) of its table that were null before: each has its own"""
     num_tokens: int
     """Computed before the step"""
-    begin: int
-    end: int
-    targets: list[int]
-    """ids of the pages that get the survivors: the first of the table, but where those are shared"""
     eviction: Eviction
+    """As the request asked; each group keeps its share of the budget"""
     queries: list[int]
     """token ids whose queries score; empty if none"""
     position: int
@@ -119,9 +130,11 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
-        self._store = EpisodeStore(kv_cache_manager.block_pool, self._host_slots)
-        for _, manager in self._page_managers():
-            manager.make_room = self._store.make_room
+        self._store = store = EpisodeStore(kv_cache_manager.block_pool, self._host_slots)
+        managers = self._page_managers()
+        for _, manager in managers:
+            # All groups ask for about as much, one after the other.
+            manager.make_room = lambda blocks: store.make_room(blocks * len(managers))
 
     def on_new_request(self, request: Request) -> None:
         params = request.sampling_params
@@ -136,10 +149,11 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> EvictionMetadata:
         stores, loads = self._settle()
-        orders = [
-            self._order(group, compaction) for group, manager in self._page_managers()
-            for compaction in manager.take_compactions()
-        ]  # fmt: skip
+        due: dict[str, list[tuple[int, Compaction]]] = {}
+        for group, manager in self._page_managers():
+            for compaction in manager.take_compactions():
+                due.setdefault(compaction.request_id, []).append((group, compaction))
+        orders = [self._order(request_id, compactions) for request_id, compactions in due.items()]
         ranges = [
             found for group, manager in self._page_managers() for request_id in scheduler_output.num_scheduled_tokens
             if request_id in self._requests and (found := self._null_range(group, manager, request_id)) is not None
@@ -149,14 +163,20 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
             scheduler_output.has_sync_kv_loads = True
         return EvictionMetadata(stores, orders, loads, ranges)
 
-    def _order(self, group: int, compaction: Any) -> Order:
-        request, eviction = self._requests[compaction.request_id][0], compaction.eviction
+    def _order(self, request_id: str, compactions: list[tuple[int, Compaction]]) -> Order:
+        request, wanted = self._requests[request_id]
+        eviction = wanted.eviction
         assert self._kv_cache_manager is not None
-        blocks = self._kv_cache_manager.coordinator.get_blocks(compaction.request_id)
+        blocks = self._kv_cache_manager.coordinator.get_blocks(request_id)
         tables = {number: [block.block_id for block in table] for number, table in enumerate(blocks)}
-        targets = tables[group][: eviction.budget_pages]
-        tables[group][: eviction.budget_pages] = compaction.kept
-        tables[group][compaction.begin : compaction.end] = compaction.freed
+        nulls = {group: manager.evicted(request_id) for group, manager in self._page_managers()}
+        parts = []
+        for group, compaction in compactions:
+            table, kept = tables[group], len(compaction.kept)
+            parts.append(Part(group, compaction.end, table[:kept]))
+            nulls[group] = (kept, compaction.begin)
+            table[:kept] = compaction.kept
+            table[compaction.begin : compaction.end] = compaction.freed
         num_tokens = request.num_computed_tokens  # vLLM adds the step's own later
         policy = POLICIES[eviction.policy]
         queries: list[int] = []
@@ -169,9 +189,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
             position = max(0, num_tokens - policy.window)
             queries = list(request.all_token_ids[position:num_tokens])
         scratch = [block.block_id for block in self._scratch] if policy.queries == "guide" else []
-        return Order(
-            group, tables, num_tokens, compaction.begin, compaction.end, targets, eviction, queries, position, scratch
-        )
+        return Order(parts, tables, nulls, num_tokens, eviction, queries, position, scratch)
 
     def _null_range(self, group: int, manager: PageManager, request_id: str) -> NullRange | None:
         begin, end = manager.evicted(request_id)
@@ -199,7 +217,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         for group, table in entry.tables.items():
             manager = managers[group]
             if isinstance(manager, PageManager):
-                manager.adopt(request.request_id, table, entry.end)
+                manager.adopt(request.request_id, table)
             else:
                 assert isinstance(manager, AdoptsBlocks)
                 manager.offer(request.request_id, table)
@@ -257,9 +275,9 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         return False, {"kvcompress": report}
 
     def _pages(self, request_id: str) -> int:
-        return sum(
-            not block.is_null for _, manager in self._page_managers() for block in manager.req_to_blocks[request_id]
-        )
+        """Pages that a layer holds, on average; groups have equally many layers."""
+        tables = [manager.req_to_blocks[request_id] for _, manager in self._page_managers()]
+        return round(sum(not block.is_null for table in tables for block in table) / len(tables))
 
     def _keep(self, request: Request, wanted: Wanted) -> int:
         """Store the prompt's whole pages under the request's name; how many tokens that is."""
@@ -267,8 +285,8 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         page = self._defaults.page_tokens
         num_tokens = min(request.num_prompt_tokens, request.num_computed_tokens) // page * page
         managers = [manager for _, manager in self._page_managers()]
-        ends = {manager.evicted(request.request_id)[1] for manager in managers}
-        if num_tokens == 0 or len(ends) != 1 or (end := ends.pop()) * page > num_tokens:
+        end = max(manager.evicted(request.request_id)[1] for manager in managers)
+        if num_tokens == 0 or end * page > num_tokens:
             return 0
         # vLLM frees once more before it says that a request has finished. Nobody will compact what that made due.
         if any(manager.is_due(request.request_id) for manager in managers):
@@ -282,9 +300,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
                 table = table[:sinks] + [manager.block_pool.null_block] * (len(table) - sinks)
             tables[group] = table
         prompt = request.all_token_ids[:num_tokens]
-        self._store.keep(
-            wanted.keep, Kept(digest(prompt, request.cache_salt), num_tokens, wanted.eviction, tables, end)
-        )
+        self._store.keep(wanted.keep, Kept(digest(prompt, request.cache_salt), num_tokens, wanted.eviction, tables))
         return num_tokens
 
     def reset_cache(self) -> bool | None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host memory for pages of kept episodes that gave way (`EpisodicSettings.host_memory`).
 
-One arena a worker, allocated at start and divided into slots: a slot holds what a block of vLLM's pool holds, in all of
-the worker's layers. Which block goes to which slot is the scheduler's decision (`EpisodeStore`), so workers, each with
+One arena a worker, allocated at start and divided into slots: a slot holds what a block of vLLM's pool holds, in all
+layers of its group. Which block goes to which slot is the scheduler's decision (`EpisodeStore`), so workers, each with
 its shard of the heads, agree without a word.
 """
 
@@ -34,12 +34,12 @@ def count_slots(vllm_config: Any, kv_cache_config: Any) -> int:
     """
     settings = load_settings(vllm_config.additional_config).episodic
     assert settings is not None
-    # 16-bit windows lie in the same blocks: a block belongs to one group at a time.
+    # Windows, and layers of other budgets, lie in the same blocks: a block belongs to one group at a time.
     pages = [group for group in kv_cache_config.kv_cache_groups if isinstance(group.kv_cache_spec, PageSpec)]
-    block_bytes = sum(group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in pages)
+    block_bytes = pages[0].kv_cache_spec.page_size_bytes * len(pages[0].layer_names)
     block_bytes *= vllm_config.parallel_config.tensor_parallel_size
     slots = settings.host_memory // block_bytes
-    least = max(-(-settings.budget // group.kv_cache_spec.block_size) for group in pages)
+    least = sum(-(-settings.budget // group.kv_cache_spec.block_size) for group in pages)
     if settings.host_memory and slots < least:
         raise KVCompressError(
             f"episodic.host_memory={settings.host_memory} holds {slots} pages of {block_bytes} bytes, an episode of "

@@ -330,3 +330,28 @@ def layer_budgets(sensitivity: Sequence[float], budget: int, alpha: float, floor
     for layer in sorted(shares, key=lambda layer: int(shares[layer]) - shares[layer])[:missing]:
         found[layer] += 1
     return found
+
+
+def budget_classes(sensitivity: Sequence[float], alpha: float) -> list[float]:
+    """What share of the budget each layer keeps where only three or two different ones may be: [L], mean 1.
+
+    The layers in the order of their own budgets (`layer_budgets`) are cut in classes of equally many, which keep the
+    mean of their own. Equally many, because a block of vLLM's pool serves the same number of layers whatever they are:
+    classes of 11 and 19 layers would come to blocks of 11, 19 of which take two.
+
+    Raises:
+        ValueError: as `layer_budgets`, or L is no multiple of 3 or 2.
+    """
+    layers = len(sensitivity)
+    size = next((layers // count for count in (3, 2) if layers and layers % count == 0), 0)
+    if not size:
+        raise ValueError(f"{layers} layers are no multiple of 3 or 2, so classes of budgets cannot be equally large")
+    fine = 1 << 20
+    own = layer_budgets(sensitivity, fine, alpha)
+    rising = sorted(range(layers), key=lambda layer: own[layer])
+    found = [0.0] * layers
+    for begin in range(0, layers, size):
+        members = rising[begin : begin + size]
+        for layer in members:
+            found[layer] = sum(own[member] for member in members) / (size * fine)
+    return found

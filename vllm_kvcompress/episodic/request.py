@@ -3,7 +3,7 @@
 
 | argument | meaning |
 |---|---|
-| `kvcompress_budget` | tokens that every layer keeps per KV head, rounded up to whole pages |
+| `kvcompress_budget` | tokens that a layer keeps per KV head (on average: setting `layer_budgets`), in whole pages |
 | `kvcompress_policy` | `epicache`, `snapkv`, `keydiff` or `streaming`; default: the server's |
 | `kvcompress_guide` | token ids of the guide prompt (policy `epicache`) |
 | `kvcompress_protect` | first tokens that are never evicted, as a system prompt; the sinks never are |
@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_kvcompress.episodic.policies import POLICIES
@@ -46,6 +46,13 @@ class Eviction:
     """Most tokens of a step, and those generated between two compactions"""
     keeps: bool = field(default=False, compare=False)
     """Whether the pages outlive the request"""
+
+    def share(self, share: float, page_tokens: int) -> Eviction:
+        """The same for layers that keep a share of the budget: at least a page beside what is protected."""
+        if share == 1:
+            return self
+        least = -(-self.protected_tokens // page_tokens) + 1
+        return replace(self, budget_pages=max(least, round(share * self.budget_pages)))
 
     def peak_pages(self, page_tokens: int) -> int:
         """Most pages held at once: the budget, one block, the recent window and two pages that are not full."""

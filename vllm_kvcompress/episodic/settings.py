@@ -19,6 +19,7 @@ MIN_BUDGET = 4 * PAGE_TOKENS
 
 Policy = Literal["epicache", "streaming", "snapkv", "keydiff"]
 Routing = Literal["window", "centroid"]
+LayerBudgets = Literal["uniform", "sensitivity"]
 
 
 class EpisodicSettings(BaseModel):
@@ -46,6 +47,12 @@ class EpisodicSettings(BaseModel):
         1.5, ge=1.1, le=16, description="episodes are made anew when the conversation has grown by this factor"
     )
     policy: Policy = Field("epicache", description="which tokens are kept")
+    layer_budgets: LayerBudgets = Field(
+        "uniform", description="the budget in every layer, or on average: more where calibration found more sensitivity"
+    )
+    alpha: float | None = Field(
+        None, ge=0, le=16, description="how unequal budgets by sensitivity are (default 1.1; Qwen 1.3)"
+    )
     host_memory: int = Field(
         0, ge=0, description="bytes, or a size as 4GiB: kept episodes that must give way are moved there, up to so much"
     )
@@ -67,6 +74,12 @@ class EpisodicSettings(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _alpha_is_of_use(self) -> EpisodicSettings:
+        if self.alpha is not None and self.layer_budgets == "uniform":
+            raise ValueError(f'alpha={self.alpha} is of no use to uniform budgets: add "layer_budgets": "sensitivity"')
+        return self
+
     @property
     def threshold(self) -> int:
         """Tokens up to which a history is left alone."""
@@ -78,4 +91,4 @@ class EpisodicSettings(BaseModel):
 
     def page_identity(self) -> str:
         """The settings that decide what is kept of an episode."""
-        return self.model_dump_json(include={"budget", "block_tokens", "policy"})
+        return self.model_dump_json(include={"budget", "block_tokens", "policy", "layer_budgets", "alpha"})

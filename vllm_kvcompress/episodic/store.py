@@ -32,8 +32,6 @@ class Kept:
     eviction: Eviction
     tables: dict[int, list[KVCacheBlock]]
     """KV cache group -> its blocks, null where evicted"""
-    end: int
-    """Pages [eviction.budget_pages, end) are null; 0: nothing was evicted"""
 
     @property
     def blocks(self) -> list[KVCacheBlock]:

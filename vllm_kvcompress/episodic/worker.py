@@ -44,31 +44,33 @@ class EvictionWorker:
 
     def allocate_host_memory(self, num_slots: int) -> None:
         """Once the pages are allocated; at start, so that a machine that has not got it says so then."""
-        layers = [name for spec, names in self._groups if isinstance(spec, PageSpec) for name in names]
+        # Groups lie in the same memory, and have equally many layers.
+        layers = next(names for spec, names in self._groups if isinstance(spec, PageSpec))
         self.host = HostPages([self._context[name].kv_cache for name in layers], num_slots)
 
     def compact(self, order: Order) -> None:
-        """Evict from one group's layers; the pages are still as the step before left them."""
-        spec, layers = self._groups[order.group]
+        """Evict from the layers of some groups; the pages are still as the step before left them."""
+        layers = [name for part in order.parts for name in self._groups[part.group][1]]
         queries = self._run(order, layers) if order.queries else {}
-        live = self._live(order, order.group)
-        null = order.begin - order.eviction.budget_pages
         device = self._config.device_config.device
-        table, targets = (to_device(pages, torch.int64, device) for pages in (live, order.targets))
-        for name in layers:
-            layer = self._context[name]
-            arguments: dict[str, Any] = {
-                "num_sources": order.end - null,
-                "targets": targets,
-                "policy": POLICIES[order.eviction.policy],
-                "protected_tokens": order.eviction.protected_tokens,
-                "queries": queries.get(name),
-            }
-            num_slots = order.num_tokens - null * spec.block_size
-            if isinstance(layer.impl, KVCompressImpl):
-                layer.impl.compact(layer.kv_cache, table, num_slots, **arguments, is_first=not null)
-            else:
-                plain.compact(layer, table, num_slots, **arguments)
+        for part in order.parts:
+            live = self._live(order, part.group)
+            table, targets = (to_device(pages, torch.int64, device) for pages in (live, part.targets))
+            begin, end = order.nulls[part.group]
+            num_slots = order.num_tokens - self._null_tokens(order, part.group)
+            for name in self._groups[part.group][1]:
+                layer = self._context[name]
+                arguments: dict[str, Any] = {
+                    "num_sources": part.end - (end - begin),
+                    "targets": targets,
+                    "policy": POLICIES[order.eviction.policy],
+                    "protected_tokens": order.eviction.protected_tokens,
+                    "queries": queries.get(name),
+                }
+                if isinstance(layer.impl, KVCompressImpl):
+                    layer.impl.compact(layer.kv_cache, table, num_slots, **arguments, is_first=begin == end)
+                else:
+                    plain.compact(layer, table, num_slots, **arguments)
 
     def close_gaps(
         self, ranges: list[NullRange], attn_metadata: dict[str, Any], request_ids: Sequence[str] | None
@@ -97,10 +99,17 @@ class EvictionWorker:
     def _live(self, order: Order, group: int) -> list[int]:
         """Blocks of a group's table as they lie once the gap in the pages is closed; 0 where null."""
         spec = self._groups[group][0]
-        page_tokens = self._groups[self._pages_of[group]][0].block_size
+        pages = self._pages_of[group]
+        per_page = self._groups[pages][0].block_size // spec.block_size
         table = order.tables[group][: -(-order.num_tokens // spec.block_size)]
-        begin, end = (pages * page_tokens // spec.block_size for pages in (order.eviction.budget_pages, order.begin))
+        begin, end = (page * per_page for page in order.nulls[pages])
         return table[:begin] + table[end:]
+
+    def _null_tokens(self, order: Order, group: int) -> int:
+        """Tokens of the gap."""
+        pages = self._pages_of[group]
+        begin, end = order.nulls[pages]
+        return (end - begin) * self._groups[pages][0].block_size
 
     def _run(self, order: Order, layers: list[str]) -> dict[str, torch.Tensor]:
         """Queries [Q, Hq, D] of every layer of a forward pass over the cache that leaves nothing behind in it."""
@@ -132,16 +141,16 @@ class EvictionWorker:
     def _metadata(self, order: Order, count: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """By layer, attention metadata and slots of one request with `count` new tokens, stored in scratch alone."""
         device = self._config.device_config.device
-        page_tokens = self._groups[order.group][0].block_size
-        length = order.position - (order.begin - order.eviction.budget_pages) * page_tokens + count
-        starts, lengths = (torch.tensor(x, dtype=torch.int32) for x in ([0, count], [length]))
+        starts = torch.tensor([0, count], dtype=torch.int32)
         slots = [-1] * count
         found: dict[str, Any] = {}
         found_slots: dict[str, torch.Tensor] = {}
-        for number, (_, layers) in enumerate(self._groups):
+        for number, (spec, layers) in enumerate(self._groups):
             table = self._live(order, number)
+            length = order.position - self._null_tokens(order, number) + count
             if order.scratch:
                 # Behind what there is: the rest of the last page, which this step writes over, then scratch.
+                page_tokens = spec.block_size
                 table = table + order.scratch
                 places = range(length - count, length)
                 slots = [table[at // page_tokens] * page_tokens + at % page_tokens for at in places]
@@ -149,7 +158,7 @@ class EvictionWorker:
                 query_start_loc=to_device([0, count], torch.int32, device),
                 query_start_loc_cpu=starts,
                 seq_lens=to_device([length], torch.int32, device),
-                seq_lens_cpu_upper_bound=lengths,
+                seq_lens_cpu_upper_bound=torch.tensor([length], dtype=torch.int32),
                 num_reqs=1,
                 num_actual_tokens=count,
                 max_query_len=count,
