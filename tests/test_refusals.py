@@ -285,12 +285,10 @@ def test_what_eviction_does_not_go_with(model, arguments, word):
     refused(model, word, "episodic", dtype="int2", settings=EPISODIC, **arguments)
 
 
-def test_eviction_is_not_on_a_gpu_yet(model, monkeypatch):
-    config = configure(model, "int2")
-    config.additional_config = {"kvcompress": EPISODIC}
-    monkeypatch.setattr(config.device_config, "device_type", "cuda")
-    with pytest.raises(checks.UnsupportedModelError, match="CPU only"):
-        checks.check_config(config)
+@on_cpu
+def test_eviction_from_caches_of_vllm(model):
+    configure(model, "auto", settings=EPISODIC)
+    refused(model, "not with fp8", "episodic", dtype="fp8", settings=EPISODIC)
 
 
 @on_cpu

@@ -297,8 +297,7 @@ def test_refusals(make_chat, embedder):
     refused("does not take this conversation .* 'user'.: no such turn", chat.ask, "refuse me")
     assert len(chat.messages) == 1 and not llm.requests
 
-    for engine in ({"dtype": "auto"}, {"budget": None}):
-        refused("needs an engine that evicts", EpisodicChat, NotingEngine(**engine), embedder=embedder)
+    refused("needs an engine that evicts", EpisodicChat, NotingEngine(budget=None), embedder=embedder)
     refused("policy='h2o'", EpisodicChat, NotingEngine(policy="h2o"), embedder=embedder)
     refused("weights of toy are not on this machine", EpisodicChat, NotingEngine())
 
