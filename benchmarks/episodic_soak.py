@@ -122,8 +122,8 @@ def make_turns(rng: random.Random, turns: int) -> Messages:
 def make_conversations(rng: random.Random, count: int) -> list[Conversation]:
     found: list[Conversation] = []
 
-    def ask(history: Messages, first: Messages | None = None, topic: str | None = None) -> Question:
-        question = {"role": "user", "content": f"What did I tell you about {topic or rng.choice(TOPICS)}?"}
+    def ask(history: Messages, topic: str, first: Messages | None = None) -> Question:
+        question = {"role": "user", "content": f"What did I tell you about {topic}?"}
         return Question([*history, question], None if first is None else [*first, question])
 
     for index in range(count):
@@ -147,9 +147,10 @@ def make_conversations(rng: random.Random, count: int) -> list[Conversation]:
         if kind == "growing":
             grown = history + make_turns(rng, rng.randrange(8, 14))
             topic = rng.choice(TOPICS)  # the same question, so that it meets its episode again where that still is one
-            conversation.questions = [ask(history, topic=topic), ask(grown, first=history, topic=topic)]
+            conversation.questions = [ask(history, topic), ask(grown, topic, first=history)]
         else:
-            conversation.questions = [ask(history) for _ in range(2 if kind == "long" else 1)]
+            topics = rng.sample(TOPICS, 2 if kind == "long" else 1)
+            conversation.questions = [ask(history, topic) for topic in topics]
         found.append(conversation)
     return found
 
