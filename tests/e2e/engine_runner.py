@@ -193,13 +193,15 @@ def poison_evicted_pages(wrapper) -> None:
     """
     import torch
 
+    from vllm_kvcompress.episodic.connector import EvictionConnector
     from vllm_kvcompress.episodic.host import HostPages
     from vllm_kvcompress.episodic.store import EpisodeStore
     from vllm_kvcompress.episodic.worker import EvictionWorker
 
-    spill = EpisodeStore._spill
+    spill, start_load_kv = EpisodeStore._spill, EvictionConnector.start_load_kv
     compact, store, load = EvictionWorker.compact, HostPages.store, HostPages.load
     nobodys = []  # of each copy to host memory, the blocks that no request has
+    sources = set()  # of the step's compactions, which come after the copies
     context = wrapper.worker.model_runner.compilation_config.static_forward_context
 
     def compact_and_poison(self, order):
@@ -223,13 +225,19 @@ def poison_evicted_pages(wrapper) -> None:
         store(self, copy)
         (blocks,) = [blocks for other, blocks in nobodys if other is copy]
         for pages in self._pages:
-            pages[blocks] = 0xFF
+            pages[[block for block in blocks if block not in sources]] = 0xFF
 
     def load_and_poison(self, copy):
         load(self, copy)
         self._slots[:, copy.slots] = 0xFF
 
-    EpisodeStore._spill = watched_spill
+    def watched_start_load_kv(self, *args, **kwargs):
+        sources.clear()
+        for order in self._get_connector_metadata().orders:
+            sources.update(*order.tables.values())
+        start_load_kv(self, *args, **kwargs)
+
+    EpisodeStore._spill, EvictionConnector.start_load_kv = watched_spill, watched_start_load_kv
     EvictionWorker.compact, HostPages.store, HostPages.load = compact_and_poison, store_and_poison, load_and_poison
 
 
