@@ -207,6 +207,8 @@ def poison_evicted_pages(wrapper) -> None:
     def compact_and_poison(self, order):
         compact(self, order)
         for part in order.parts:
+            if part.targets != order.tables[part.group][: len(part.targets)]:
+                continue  # of a stored episode: what this request lets go of is others' still
             freed = order.tables[part.group][order.nulls[part.group][1] : part.end]
             for name in self._groups[part.group][1]:
                 cache = context[name].kv_cache
