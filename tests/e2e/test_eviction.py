@@ -357,10 +357,17 @@ def test_what_host_memory_has_no_room_for_is_read_again(spilled):
 
 
 def test_questions_that_are_preempted_come_back_to_their_episodes(tiny_model, rng, tmp_path):
-    """Four questions, two of them about one episode, and long prompts, in a pool for about half of them."""
+    """Five questions about three episodes, and long prompts, in a pool for about half of them.
+
+    Of the first four, question, answer and what is left of the history (200, 150 and 127 tokens at most) are less than
+    four pages, at which the first compaction comes: all that was kept is read to the end, and the answer is that of the
+    question alone. The last compacts, a step sooner or later as there is room, and so may forget other tokens.
+    """
     histories = {name: [rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1100, 2500))] for name in "abc"}
     long = [[rng.randrange(3, VOCABULARY) for _ in range(3000)] for _ in range(2)]
-    asked = [(name, [*histories[name], *long[0][:count]]) for name, count in zip("abca", (20, 300, 5, 70), strict=True)]
+    asked = [
+        (name, [*histories[name], *long[0][:count]]) for name, count in zip("abcab", (20, 200, 5, 70, 400), strict=True)
+    ]
     answer = {**GREEDY, "max_tokens": 150}
     built = [Round([history], keep(name), BUILD) for name, history in histories.items()]
     alone = [Round([prompt], about(name), answer) for name, prompt in asked]
@@ -374,8 +381,10 @@ def test_questions_that_are_preempted_come_back_to_their_episodes(tiny_model, rn
     assert report["preemptions"] > 0, "the pool must be too small"
     assert report["free_after"] == report["free_before"]
     *undisturbed, crowded = report["rounds"][len(built) :]
-    for (expected,), found in zip(undisturbed, crowded[2:], strict=True):
-        assert taken_over(found)[0] == taken_over(expected)[0] > 0
+    for (expected,), found, (name, _) in zip(undisturbed, crowded[2:], asked, strict=True):
+        assert taken_over(found)[0] == taken_over(expected)[0] == len(histories[name]) // PAGE * PAGE
+        assert all(math.isfinite(x) for x in found["logprobs"])
+    for (expected,), found in zip(undisturbed[:4], crowded[2:6], strict=True):
         assert same_until_a_tie(found, expected) < SAME
     assert any(taken_over(found)[1] for found in crowded[2:])
 
