@@ -9,13 +9,17 @@ MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
 # names: by default files of few tests come last, and those are the engines, which then leave one process idle.
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-gpu lint format bench clean
+.PHONY: demo test test-long test-gpu lint format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvcompress demo $(MODEL_FLAG) --kv-cache-dtype $(FORMAT)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not long"
+
+# What takes minutes and several processes: a soak, two workers against one.
+test-long: $(VENV)/.dev
+	$(BIN)/python -m pytest -m long
 
 # Everything that runs on a GPU; elsewhere tests/gpu is skipped with the reason and the others are interpreted.
 test-gpu: $(VENV)/.dev

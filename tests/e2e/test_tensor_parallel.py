@@ -21,6 +21,8 @@ import torch
 
 from vllm_kvcompress import rotations
 
+pytestmark = pytest.mark.long
+
 RUNNER = Path(__file__).with_name("engine_runner.py")
 VOCABULARY, MAX_LEN, PAGE = 512, 4096, 128
 LAYERS, DIM, QUERY_HEADS = 2, 64, 4
