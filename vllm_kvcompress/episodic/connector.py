@@ -8,7 +8,7 @@ the settings say so, are kept episodes: to host memory when they must give way a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.request import RequestStatus
 
 from vllm_kvcompress.attention.adoption import AdoptsBlocks
-from vllm_kvcompress.attention.pages import Compaction, PageManager
+from vllm_kvcompress.attention.pages import Compaction, PageManager, PageSpec
 from vllm_kvcompress.attention.windows import WindowManager
 from vllm_kvcompress.checks import eviction_defaults
 from vllm_kvcompress.episodic.host import Copy, count_slots
@@ -106,7 +106,9 @@ class EvictionMetadata(KVConnectorMetadata):
 class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self._defaults = eviction_defaults(vllm_config)
+        pages = next(g.kv_cache_spec for g in kv_cache_config.kv_cache_groups if isinstance(g.kv_cache_spec, PageSpec))
+        # Of the pages that there are: workers may settle their size after this process has its configuration.
+        self._defaults = replace(eviction_defaults(vllm_config), page_tokens=pages.block_size)
         self._reads_pages_alone = not is_ours(vllm_config.cache_config.cache_dtype)
         self._scratch: list[KVCacheBlock] = []
         """Blocks of `Order.scratch`, held while a request may need them"""
