@@ -161,15 +161,14 @@ def test_rows_pair_replies_with_questions(tokenizer):
     setups = [FULL, Setup("streaming", 0.5)]
     questions = [Question("q", answer, (), Category.SINGLE_HOP) for answer in ("w1 w2", "w3")]
     asked = [AskedQuestion(0, question, [], [1]) for question in questions]
-    said = iter(["w1 w2", "w9", "w3", "w3 w8"])
-    replies = []
-    for number, answer in enumerate(said):
-        replies += [
-            Reply(logprobs=[-float(number)], seconds=1),
-            Reply(tokens=tokenizer(answer, add_special_tokens=False)["input_ids"], seconds=2),
-        ]
+    said = ["w1 w2", "w9", "w3", "w3 w8"]
+    replies = [
+        Reply(logprobs=[-float(number)], tokens=tokenizer(answer, add_special_tokens=False)["input_ids"], seconds=3)
+        for number, answer in enumerate(said)
+    ]
+    order = [(setups[0], 0), (setups[1], 0), (setups[0], 1), (setups[1], 1)]
     spec = SimpleNamespace(label="toy")
-    rows = conversation_command._rows(spec, replies, setups, asked, tokenizer, 1024, 0)
+    rows = conversation_command._rows(spec, replies, order, setups, asked, tokenizer, 1024, 0)
     assert [row.budget for row in rows] == [None, 512]
     assert [[one["f1"] for one in row.questions] for row in rows] == [[1, 1], [0, pytest.approx(2 / 3)]]
     assert [[one["likelihood"] for one in row.questions] for row in rows] == [[0, -2], [-1, -3]]
@@ -178,6 +177,26 @@ def test_rows_pair_replies_with_questions(tokenizer):
     report = conversation_report.ConversationReport({"model": "m", "asked": 2, "history": 1024}, None, rows, ["so"])
     table = conversation_report.table(report)
     assert "512 (50.0%)  -2.000      -1.000 [-1.000, -1.000]" in table and table.endswith("Note: so")
+
+
+def test_a_history_is_read_once_for_each_setup_and_guide():
+    histories = [
+        SimpleNamespace(tokens=[0] * 512, protected_tokens=3),
+        SimpleNamespace(tokens=[1] * 256, protected_tokens=0),
+    ]
+    asked = [AskedQuestion(history, None, [7, number], [8]) for number, history in enumerate((1, 0, 0, 0))]
+    guides = [[1], [2], [3], [2]]
+    setups = [FULL, Setup("epicache", 0.5), Setup("keydiff", 0.5)]
+    readings, order = conversation_command._readings(histories, asked, setups, guides)
+    assert [(one.history, one.extra_args.get("kvcompress_guide"), len(one.asked)) for one in readings] == [
+        (0, None, 3), (0, [2], 2), (0, None, 3), (0, [3], 1), (1, None, 1), (1, [1], 1), (1, None, 1),
+    ]  # fmt: skip
+    assert sorted(order, key=str) == sorted([(setup, index) for setup in setups for index in range(4)], key=str)
+    flat = [one.suffix[1] for reading in readings for one in reading.asked]
+    assert flat == [index for _, index in order]
+    assert readings[1].extra_args == {
+        "kvcompress_budget": 256, "kvcompress_policy": "epicache", "kvcompress_protect": 3, "kvcompress_guide": [2],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -189,7 +208,7 @@ def test_rows_pair_replies_with_questions(tokenizer):
         (["--policies", "h2o"], "--policies: 'h2o' must be one of epicache,"),
         (["--block-tokens", "100"], "--block-tokens must be a multiple of 128, got 100"),
         (["--questions", "0"], "--questions must be at least 1, got 0"),
-        (["--formats", "fp8"], "--formats: fp8 is not of this package and cannot evict"),
+        (["--formats", "fp8"], "--formats: fp8 cannot evict; auto and"),
         (["--formats", "turboquant-5"], "unknown format 'turboquant-5'"),
         (["--max-history", "100"], "shorter than a block of 256"),
         (["--max-history", "1700"], "is beyond the model's limit of 2048 tokens"),
@@ -208,11 +227,25 @@ def test_a_model_without_a_template(tiny_model, tmp_path, capsys):
     assert "the model's chat template does not take this conversation" in capsys.readouterr().err
 
 
-def test_real_engine(chat_model, tmp_path, capsys):
-    """A budget that holds the history changes nothing; one that does not, and another policy, do."""
+@pytest.mark.parametrize("dtype, tolerance", [("auto", 1e-3), ("turboquant-4", 0.1)])
+def test_real_engine(chat_model, tmp_path, capsys, dtype, tolerance):
+    """A budget that holds the history changes nothing; one that does not, and another policy, do.
+
+    Batches differ, which 16-bit pages (float32 here) hardly show. Of 4-bit ones the recent window is read in 16 bits
+    where the prefix cache still has it, and kept pages have none.
+    """
     data = write_talk(tmp_path / "data")
     arguments = ["--max-history", "1024", "--block-tokens", "256", "--questions", "2", "--max-tokens", "4"]
-    arguments += ["--budgets", "0.25,0.99", "--policies", "epicache,streaming", "--dtype", "float32"]
+    arguments += [
+        "--budgets",
+        "0.25,0.99",
+        "--policies",
+        "epicache,streaming",
+        "--dtype",
+        "float32",
+        "--formats",
+        dtype,
+    ]
     out = tmp_path / "out"
     assert main(["eval-conversations", str(chat_model), "--data", str(data), *arguments, "--out", str(out)]) == 0
     document = json.loads((out / "conversations.json").read_text())
@@ -225,10 +258,9 @@ def test_real_engine(chat_model, tmp_path, capsys):
     full = likelihoods(None, None)
     assert len(full) == 2
     for policy in ("epicache", "streaming"):
-        assert likelihoods(policy, 0.99) == full
-        assert rows[policy, 0.99]["figures"]["f1_to_full"]["value"] == 0
-        assert likelihoods(policy, 0.25) != full
-    assert likelihoods("epicache", 0.25) != likelihoods("streaming", 0.25)
+        assert likelihoods(policy, 0.99) == pytest.approx(full, abs=tolerance)
+        assert likelihoods(policy, 0.25) != pytest.approx(full, abs=1e-3)
+    assert likelihoods("epicache", 0.25) != pytest.approx(likelihoods("streaming", 0.25), abs=1e-3)
     printed = capsys.readouterr().out
     for expected in ("Routing, ", "category 5", "full cache", "from 2 questions are too narrow"):
         assert expected in printed

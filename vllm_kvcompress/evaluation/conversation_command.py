@@ -6,8 +6,9 @@ cache, how likely is the gold answer (mean ln p a token, teacher forced), and ho
 95 % intervals, paired by question, against the full cache and against epicache. Adversarial questions (category 5),
 which have no gold answer, are left out.
 
-Every question reads its history anew, twice: once to score, once to answer. The bar shows the tokens still to be read
-of each format and how long they will take. On a CPU keep --max-history and --questions small.
+A history is read once for each policy and budget, and for each guide prompt; its pages are kept and all its questions
+asked about them. The bar shows the tokens still to be read of each format and how long they will take. On a CPU keep
+--max-history and --questions small.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vllm_kvcompress.config import NAMESPACE, load_settings
 from vllm_kvcompress.episodic.embed import served_embedder
 from vllm_kvcompress.episodic.guide import guide_tokens
 from vllm_kvcompress.episodic.policies import POLICIES
@@ -33,7 +36,7 @@ from vllm_kvcompress.errors import KVCompressError
 from vllm_kvcompress.evaluation import conversation_report as report
 from vllm_kvcompress.evaluation import launch, locomo
 from vllm_kvcompress.evaluation.arguments import json_object
-from vllm_kvcompress.evaluation.conversation_engine import ConversationJob, Reply, Request
+from vllm_kvcompress.evaluation.conversation_engine import Asked, ConversationJob, Reading, Reply
 from vllm_kvcompress.evaluation.conversation_figures import BASELINE, FULL, Outcome, Setup, setup_figures
 from vllm_kvcompress.evaluation.conversations import AskedQuestion, History, ask_questions, cut_history
 from vllm_kvcompress.evaluation.engine import engine_arguments
@@ -44,6 +47,8 @@ from vllm_kvcompress.rotations import model_folder
 
 SUMMARY = "measure answers about long conversations under eviction: LoCoMo, by policy and budget"
 
+_AT_ONCE = 8
+"""Questions about one history"""
 _FEW_QUESTIONS = 20
 """Below this, percentile intervals cover far less than they say."""
 
@@ -71,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     block = "tokens read between two evictions, and most of a guide prompt (default %(default)s)"
     kept.add_argument("--block-tokens", type=int, default=1024, metavar="N", help=block)
     formats = (
-        "comma-separated --kv-cache-dtype values of this package; NAME:KEY=VALUE,KEY=VALUE overrides settings of one. "
-        "auto among them adds its full cache (default %(default)s)"
+        "comma-separated --kv-cache-dtype values: auto (16-bit pages) and those of this package; "
+        "NAME:KEY=VALUE,KEY=VALUE overrides settings of one (default %(default)s)"
     )
     kept.add_argument("--formats", default="turboquant-4", help=formats)
     kept.add_argument("--additional-config", type=json_object, default={}, metavar="JSON", help="as vLLM's")
@@ -132,7 +137,6 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kvcompress-eval-") as scratch:
         for number, spec in enumerate(specs):
-            mine = setups if spec.ours else [FULL]
             job = ConversationJob(
                 folder=Path(scratch) / str(number),
                 engine_args=engine_arguments(
@@ -141,18 +145,19 @@ def run(args: argparse.Namespace) -> int:
                     additional_config=spec.additional_config,
                     feed=args.block_tokens,
                     max_model_len=model_len,
-                    kv_bytes=args.kv_bytes or sufficient_kv_bytes(config.get_text_config(), model_len),
+                    # A history's pages and those of the questions about it.
+                    kv_bytes=args.kv_bytes or 2 * sufficient_kv_bytes(config.get_text_config(), model_len),
                     dtype=args.dtype,
                     head_dtype=args.head_dtype,
                     seed=args.seed,
-                    extra=args.engine_args,
+                    extra={"enable_prefix_caching": True, "max_num_seqs": _AT_ONCE, **args.engine_args},
                 ),
                 max_tokens=args.max_tokens,
                 stop_tokens=[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
             )
-            requests = _requests(histories, asked, mine, guides)
-            job.write([history.tokens for history in histories], requests)
-            sizes = [len(histories[one.history].tokens) + len(one.suffix) + len(one.gold) for one in requests]
+            readings, order = _readings(histories, asked, setups, guides)
+            job.write([history.tokens for history in histories], readings)
+            sizes = [len(histories[one.history].tokens) for one in readings]
             log = args.out / "logs" / f"{number}-{spec.kv_cache_dtype}.log"
             try:
                 launch.watch_engine(
@@ -161,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
             except launch.EngineFailure as failure:
                 outcome.rows.append(report.ConversationRow(spec.label, FULL, error=str(failure)))
             else:
-                outcome.rows.extend(_rows(spec, job.replies(), mine, asked, tokenizer, longest, args.seed))
+                outcome.rows.extend(_rows(spec, job.replies(), order, setups, asked, tokenizer, longest, args.seed))
             # Written after every format: an interrupted run keeps what it has.
             report.write_json(outcome, args.out / "conversations.json")
     print(report.table(outcome))
@@ -194,13 +199,14 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _specs(args: argparse.Namespace, settings: EpisodicSettings) -> list[FormatSpec]:
-    """Formats to run; of others than ours only `auto`, which has no eviction to offer but a full cache to compare."""
+    """Formats to run; of others than ours only `auto`."""
     common = {"episodic": settings.model_dump(include={"budget", "block_tokens"})}
     reference, *specs = parse_formats(args.formats, common=common, additional_config=args.additional_config)
+    reference = replace(reference, additional_config={**reference.additional_config, NAMESPACE: common})
     for spec in specs:
         if not spec.ours:
             raise KVCompressError(
-                f"--formats: {spec.label} is not of this package and cannot evict; only {REFERENCE} is compared with"
+                f"--formats: {spec.label} cannot evict; {REFERENCE} and the formats of this package can"
             )
     return [reference, *specs] if REFERENCE in _names(args.formats) else specs
 
@@ -208,7 +214,7 @@ def _specs(args: argparse.Namespace, settings: EpisodicSettings) -> list[FormatS
 def _check_budgets(
     args: argparse.Namespace, setups: list[Setup], histories: list[History], specs: list[FormatSpec]
 ) -> None:
-    sinks = max(spec.windows(args.model)[0] for spec in specs)
+    sinks = max(load_settings(spec.additional_config).windows(args.model)[0] for spec in specs)
     for history in histories:
         kept_always = max(sinks, history.protected_tokens)
         least = -(-kept_always // PAGE_TOKENS) * PAGE_TOKENS + PAGE_TOKENS
@@ -239,31 +245,41 @@ def _guides(
     return guides
 
 
-def _requests(
+Place = tuple[Setup, int]
+"""A setup, and a question by its index."""
+
+
+def _readings(
     histories: list[History], asked: list[AskedQuestion], setups: list[Setup], guides: list[list[int]]
-) -> list[Request]:
-    """Two of every question and setup: score, then answer. Question by question."""
-    requests = []
-    for one, guide in zip(asked, guides, strict=True):
-        history = histories[one.history]
+) -> tuple[list[Reading], list[Place]]:
+    """What is to be read, history by history, and whose the replies will be, in their order."""
+    found: dict[tuple[int, Setup, tuple[int, ...]], list[int]] = {}
+    for index, (one, guide) in enumerate(zip(asked, guides, strict=True)):
         for setup in setups:
-            extra: dict[str, Any] = {}
-            if setup.policy is not None:
-                extra = {
-                    BUDGET: setup.budget(len(history.tokens), PAGE_TOKENS),
-                    POLICY: setup.policy,
-                    PROTECT: history.protected_tokens,
-                }
-                if POLICIES[setup.policy].queries == "guide":
-                    extra[GUIDE] = guide
-            for gold in (one.gold, []):
-                requests.append(Request(history=one.history, suffix=one.suffix, gold=gold, extra_args=extra))
-    return requests
+            guided = setup.policy is not None and POLICIES[setup.policy].queries == "guide"
+            found.setdefault((one.history, setup, tuple(guide) if guided else ()), []).append(index)
+    readings, order = [], []
+    for (number, setup, guiding), questions in sorted(found.items(), key=lambda item: item[0][0]):
+        history = histories[number]
+        extra: dict[str, Any] = {}
+        if setup.policy is not None:
+            extra = {
+                BUDGET: setup.budget(len(history.tokens), PAGE_TOKENS),
+                POLICY: setup.policy,
+                PROTECT: history.protected_tokens,
+            }
+            if guiding:
+                extra[GUIDE] = list(guiding)
+        mine = [Asked(suffix=asked[index].suffix, gold=asked[index].gold) for index in questions]
+        readings.append(Reading(history=number, extra_args=extra, asked=mine))
+        order += [(setup, index) for index in questions]
+    return readings, order
 
 
 def _rows(
     spec: FormatSpec,
     replies: list[Reply],
+    order: list[Place],
     setups: list[Setup],
     asked: list[AskedQuestion],
     tokenizer: Any,
@@ -271,15 +287,15 @@ def _rows(
     seed: int,
 ) -> list[report.ConversationRow]:
     outcomes = {setup: Outcome([], [], [], []) for setup in setups}
-    remaining = iter(replies)
-    for one in asked:
-        for outcome in outcomes.values():
-            scored, answered = next(remaining), next(remaining)
-            said = tokenizer.decode(answered.tokens, skip_special_tokens=True).strip()
-            outcome.logprob.append(np.array(scored.logprobs))
+    found = dict(zip(order, replies, strict=True))
+    for setup, outcome in outcomes.items():
+        for index, one in enumerate(asked):
+            reply = found[setup, index]
+            said = tokenizer.decode(reply.tokens, skip_special_tokens=True).strip()
+            outcome.logprob.append(np.array(reply.logprobs))
             outcome.answers.append(said)
             outcome.f1.append(locomo.score(said, one.question))
-            outcome.seconds.append(scored.seconds + answered.seconds)
+            outcome.seconds.append(reply.seconds)
     rows = []
     for setup, outcome in outcomes.items():
         questions = [
@@ -310,7 +326,6 @@ def _notes(
         "adversarial questions (category 5) are left out: they have no gold answer.",
         f"Beside its budget every policy still has the latest {late} tokens of the history or less, which are not "
         "evicted yet when the question is read.",
-        "Greedy answers are read after one more eviction, with the question in the cache.",
     ]
     if len(asked) < _FEW_QUESTIONS:
         notes.append(f"Intervals resampled from {len(asked)} questions are too narrow; raise --questions.")

@@ -11,36 +11,49 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from vllm_kvcompress.episodic.request import EPISODE, KEEP
 from vllm_kvcompress.evaluation.engine import EngineJob, Summary, describe, report_outcome
 
+_NAME = "reading"
+"""Of the kept pages: each reading replaces those of the one before."""
 
-class Request(BaseModel):
-    """One prompt: a history, and what follows it."""
+
+class Asked(BaseModel):
+    """A question, in what follows its history."""
+
+    model_config = ConfigDict(frozen=True)
+
+    suffix: list[int]
+    """Token ids after the history's"""
+    gold: list[int]
+    """Token ids of the answer to be scored"""
+
+
+class Reading(BaseModel):
+    """A history read once, under one way of eviction, and what is asked about it."""
 
     model_config = ConfigDict(frozen=True)
 
     history: int
     """Index into the job's histories"""
-    suffix: list[int]
-    """Token ids after the history's"""
-    gold: list[int] = []
-    """Token ids after these, to be scored; empty: generate an answer"""
-    extra_args: dict[str, Any] = {}
-    """As `SamplingParams.extra_args`"""
+    extra_args: dict[str, Any]
+    """As `SamplingParams.extra_args`; empty: the full cache"""
+    asked: list[Asked]
 
 
 class Reply(BaseModel):
-    """What came of it."""
+    """What came of a question."""
 
-    logprobs: list[float] = []
+    logprobs: list[float]
     """ln p of each gold token, given the true ones before it"""
-    tokens: list[int] = []
+    tokens: list[int]
     """The answer, greedily"""
     seconds: float
+    """Of the reading, shared by its questions, and of asking them"""
 
 
 class ConversationJob(EngineJob):
-    """Requests, one after the other; histories.json and requests.json hold them."""
+    """Readings, one after the other; histories.json and readings.json hold them."""
 
     max_tokens: int
     """Of an answer"""
@@ -48,14 +61,14 @@ class ConversationJob(EngineJob):
 
     @property
     def replies_file(self) -> Path:
-        """One line of JSON a request."""
+        """One line of JSON a question, reading by reading."""
         return self.folder / "replies.jsonl"
 
-    def write(self, histories: list[list[int]], requests: list[Request]) -> None:
+    def write(self, histories: list[list[int]], readings: list[Reading]) -> None:
         """Leave what `run_job` reads."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "histories.json").write_text(json.dumps(histories))
-        (self.folder / "requests.json").write_text(json.dumps([request.model_dump() for request in requests]))
+        (self.folder / "readings.json").write_text(json.dumps([reading.model_dump() for reading in readings]))
 
     def replies(self) -> list[Reply]:
         """Those that are there."""
@@ -63,38 +76,19 @@ class ConversationJob(EngineJob):
 
 
 def run_job(job: ConversationJob) -> Summary:
-    """Start the engine and answer every request, each alone in the engine."""
-    from vllm import LLM, SamplingParams
+    """Start the engine and answer every question, all of a reading at once."""
+    from vllm import LLM
 
     histories = json.loads((job.folder / "histories.json").read_text())
-    requests = [Request.model_validate(one) for one in json.loads((job.folder / "requests.json").read_text())]
+    readings = [Reading.model_validate(one) for one in json.loads((job.folder / "readings.json").read_text())]
     started = time.perf_counter()
     llm = LLM(**job.engine_args)
     ready = time.perf_counter()
     with job.replies_file.open("w") as replies:
-        for request in requests:
+        for reading in readings:
             job.check_parent()
-            begun = time.perf_counter()
-            prompt = histories[request.history] + request.suffix + request.gold
-            sampling = SamplingParams(
-                temperature=0,
-                max_tokens=1 if request.gold else job.max_tokens,
-                prompt_logprobs=0 if request.gold else None,
-                stop_token_ids=job.stop_tokens,
-                extra_args=request.extra_args or None,
-                detokenize=False,
-            )
-            output = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)[0]
-            seconds = time.perf_counter() - begun
-            if request.gold:
-                every: Any = output.prompt_logprobs  # a dict for each token, in which its own is
-                scored = zip(every[-len(request.gold) :], request.gold, strict=True)
-                logprobs = [entry[token].logprob for entry, token in scored]
-                reply = Reply(logprobs=logprobs, seconds=seconds)
-            else:
-                tokens = [token for token in output.outputs[0].token_ids if token not in job.stop_tokens]
-                reply = Reply(tokens=tokens, seconds=seconds)
-            replies.write(reply.model_dump_json() + "\n")
+            for reply in _read(llm, job, histories[reading.history], reading):
+                replies.write(reply.model_dump_json() + "\n")
             replies.flush()
             job.count_one()
     return Summary(
@@ -103,6 +97,44 @@ def run_job(job: ConversationJob) -> Summary:
         largest_step=job.engine_args["max_num_batched_tokens"],
         **describe(llm),
     )
+
+
+def _read(llm: Any, job: ConversationJob, history: list[int], reading: Reading) -> list[Reply]:
+    """Read a history, keep it, and ask what there is to ask about it.
+
+    Kept pages, or without eviction the prefix cache, spare every question the history. A gold token's probability is
+    that of the only token allowed after what stands before it: log-probabilities are taken before that is looked at.
+    """
+    from vllm import SamplingParams
+
+    begun = time.perf_counter()
+    common: dict[str, Any] = {"temperature": 0, "detokenize": False}
+    keep, take = ({**reading.extra_args, name: _NAME} if reading.extra_args else None for name in (KEEP, EPISODE))
+    llm.generate(
+        {"prompt_token_ids": history},
+        SamplingParams(**common, max_tokens=2, ignore_eos=True, extra_args=keep),
+        use_tqdm=False,
+    )
+    prompts: list[list[int]] = []
+    sampling = []
+    for one in reading.asked:
+        prompts += [history + one.suffix + one.gold[:place] for place in range(len(one.gold))]
+        sampling += [
+            SamplingParams(**common, max_tokens=1, logprobs=0, allowed_token_ids=[token], extra_args=take)
+            for token in one.gold
+        ]
+        prompts.append(history + one.suffix)
+        sampling.append(
+            SamplingParams(**common, max_tokens=job.max_tokens, stop_token_ids=job.stop_tokens, extra_args=take)
+        )
+    outputs = iter(llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False))
+    found = []
+    for one in reading.asked:
+        logprobs = [next(outputs).outputs[0].logprobs[0][token].logprob for token in one.gold]
+        answer = next(outputs).outputs[0].token_ids
+        found.append((logprobs, [token for token in answer if token not in job.stop_tokens]))
+    seconds = (time.perf_counter() - begun) / len(found)
+    return [Reply(logprobs=logprobs, tokens=tokens, seconds=seconds) for logprobs, tokens in found]
 
 
 def main(argv: list[str]) -> int:
