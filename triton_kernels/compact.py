@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.episodic.policies import Policy, always_kept
+from vllm_kvcompress.episodic.policies import Policy, protected_slots
 from vllm_kvcompress.formats.base import PageLayout, RowLayout, page_fields
 from vllm_kvcompress.triton_kernels import _common, _paged
 from vllm_kvcompress.triton_kernels.score import Slots, dequantise_keys, score
@@ -59,9 +59,7 @@ def compact(
         )
     slots = Slots(pages, layout, table, num_slots, workspace, sketch)
     scores = score(policy, slots, queries, key_offset, scale)[:, :sources]
-    recent = max(0, policy.recent(budget) - (num_slots - sources))
-    protected = always_kept(sources, budget, leading=protected_tokens, recent=recent, device=pages.device)
-    kept = select(scores, budget, protected)
+    kept = select(scores, budget, protected_slots(policy, num_slots, sources, budget, protected_tokens, pages.device))
     # Page 0 stays empty: to the store kernel it is the null page.
     staged = pages.new_zeros(len(targets) + 1, *pages.shape[1:])
     _gather_rows(pages, layout, table, kept, staged, None)

@@ -228,6 +228,14 @@ def always_kept(
     return (slot < leading) | (slot >= slots - max(0, min(recent, budget - leading)))
 
 
+def protected_slots(
+    policy: Policy, num_slots: int, sources: int, budget: int, leading: int, device: torch.device
+) -> torch.Tensor:
+    """[sources] bool: what a policy keeps of the first `sources` of `num_slots` slots; the rest stays, being latest."""
+    recent = max(0, policy.recent(budget) - (num_slots - sources))
+    return always_kept(sources, budget, leading=leading, recent=recent, device=device)
+
+
 def select(scores: torch.Tensor, budget: int, protected: torch.Tensor | None = None) -> torch.Tensor:
     """The slots to keep: those protected, then the highest scores of each head; of equal ones, the later slot.
 

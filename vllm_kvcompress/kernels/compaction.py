@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_kvcompress.episodic.policies import Layer, Policy, always_kept, select
+from vllm_kvcompress.episodic.policies import Layer, Policy, protected_slots, select
 from vllm_kvcompress.formats.base import PageLayout, RowFields, page_fields, read_pages, write_tokens
 
 _WHOLE_RANGE = 1.0
@@ -89,9 +89,7 @@ def choose(
 ) -> torch.Tensor:
     """[H, budget] int64: which of the first `sources` slots of keys [T, H, D] are kept, ascending."""
     scores = policy.score(Layer(keys, queries, scale))[:, :sources]
-    recent = max(0, policy.recent(budget) - (len(keys) - sources))
-    protected = always_kept(sources, budget, leading=protected_tokens, recent=recent, device=keys.device)
-    return select(scores, budget, protected)
+    return select(scores, budget, protected_slots(policy, len(keys), sources, budget, protected_tokens, keys.device))
 
 
 def _regions(rows: RowFields) -> list[torch.Tensor]:
