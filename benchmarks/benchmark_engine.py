@@ -123,8 +123,8 @@ class Requests:
         self._context, self._vocabulary, self._most_tokens = context, vocabulary, most_tokens
         self._made: dict[str, int] = {}
 
-    def fill(self, batch: int) -> float:
-        """Add requests and step until each has its first token; seconds.
+    def fill(self, batch: int, extra_args: dict[str, Any] | None = None) -> float:
+        """Add requests, of these extra arguments, and step until each has its first token; seconds.
 
         Requests that are prefilled first make tokens while the others are, so the time is a little more than prefill's.
         """
@@ -137,6 +137,7 @@ class Requests:
             temperature=0,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
+            extra_args=extra_args,
         )
         prompts = [random.choices(range(2, self._vocabulary), k=self._context) for _ in range(batch)]
         started = time.perf_counter()

@@ -64,7 +64,7 @@ class Engine:
 
     def add(self, sequence: Sequence) -> None:
         if sequence.eviction is not None:
-            self.manager.begin_eviction(sequence.name, sequence.eviction)
+            self.manager.begin_eviction(sequence.name, sequence.eviction, lambda: sequence.computed)
             sequence.eviction = sequence.eviction.share(self.manager.kv_cache_spec.budget_share, PAGE)
         self.waiting.append(sequence)
 
@@ -280,6 +280,25 @@ def test_what_is_due_when_a_request_ends_is_not_done():
     engine.end(sequence)
     assert engine.manager.take_compactions() == []
     assert engine.pool.get_num_free_blocks() == engine.free
+
+
+@pytest.mark.parametrize("lags", [False, True], ids=["in step", "a step ahead"])
+@pytest.mark.parametrize("recent", [0, 16])
+def test_nothing_is_due_when_a_request_ends_right_after_its_prompt(lags, recent):
+    """A prompt of whole pages is compacted with the first token after it, and its second is no reason to do it again.
+
+    Or a history that was read for its pages could not keep them: what is due at the end is carried out by nobody.
+    """
+    engine = Engine(random.Random(0), 100, 64, lags)
+    sequence = Sequence("r", 320, 320, 322, Eviction(2, "streaming", (), 0, recent, 64))
+    engine.add(sequence)
+    engine.rng.random = lambda: 0.5  # type: ignore[method-assign]
+    engine.rng.choice = lambda options: options[0]  # type: ignore[method-assign, assignment]
+    while sequence.computed < 321:
+        engine.step()
+    assert engine.manager.evicted("r") == (2, 18)
+    engine.manager.remove_skipped_blocks("r", sequence.processed, sequence.prompt)
+    assert not engine.manager.is_due("r")
 
 
 def test_a_budget_that_is_not_exceeded_changes_nothing():

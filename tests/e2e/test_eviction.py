@@ -32,6 +32,7 @@ from vllm_kvcompress.rotations import (
 RUNNER = Path(__file__).with_name("engine_runner.py")
 VOCABULARY, MAX_LEN, PAGE = 512, 6144, 128
 SINKS, RECENT, BLOCK = 32, 128, 512
+ON_GPU = torch.cuda.is_available()
 BUDGET = 512
 # Of log-probabilities that two batches of the same requests give: what tests/e2e/test_engine.py allows.
 SAME = 0.1
@@ -512,7 +513,8 @@ def test_sixteen_bit_pages_evict_what_the_reference_evicts(real_weights, tmp_pat
     """vLLM's own cache and attention: nothing is rounded, so nothing but sums in another order is left (float32).
 
     Measured: 1e-5 nat with every policy, and without one. Cases are 0.086 and more apart (above); where two scores are
-    as near as the rounding another token is kept, the least important of them.
+    as near as the rounding another token is kept, the least important of them. FlashAttention on a GPU needs 16 bits:
+    there a quarter of what the nearest cases are apart is the bound.
     """
     from transformers import AutoModelForCausalLM
 
@@ -522,7 +524,7 @@ def test_sixteen_bit_pages_evict_what_the_reference_evicts(real_weights, tmp_pat
     cases: list[tuple[str | None, int]] = [(None, BUDGET), *CASES]
     asks = [None if n is None else ask(n, budget, guide if n == "epicache" else None) for n, budget in cases]
     rounds = [Round([ids], [asked], {**SCORED, "max_tokens": 1}) for asked in asks]
-    report = run(folder, tmp_path, rounds, kv_cache_dtype="auto")
+    report = run(folder, tmp_path, rounds, kv_cache_dtype="auto", dtype="float16" if ON_GPU else "float32")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=NAME).eval()
     prompt, guide_ids = torch.tensor(ids), torch.tensor(guide)
     for (name, budget), outputs in zip(cases, report["rounds"], strict=True):
@@ -531,7 +533,7 @@ def test_sixteen_bit_pages_evict_what_the_reference_evicts(real_weights, tmp_pat
         found = torch.tensor(outputs[0]["prompt_logprobs"][1:])
         distance = float((found - expected).square().mean().sqrt())
         print(name, budget, distance)
-        assert distance < 1e-3
+        assert distance < (0.086 / 4 if ON_GPU else 1e-3)
         if name is not None:
             assert outputs[0]["peak_pages"] <= budget // PAGE + BLOCK // PAGE + 2
     assert report["free_after"] == report["free_before"]

@@ -118,7 +118,7 @@ def test_a_question_takes_over_the_pages_and_replaces_them_before_they_would_be_
     print("seed", seed)
     manager, free = manager_of(pool), pool.get_num_free_blocks()
     store = EpisodeStore(pool)
-    manager.begin_eviction("build", replace(EVICTION, keeps=True))
+    manager.begin_eviction("build", replace(EVICTION, keeps=True), lambda: 0)
     manager.add_local_computed_blocks("build", (), 0, 0)
     prompt = 10 * PAGE
     for computed in range(0, prompt, 2 * PAGE):
@@ -135,7 +135,7 @@ def test_a_question_takes_over_the_pages_and_replaces_them_before_they_would_be_
     assert begin == 3 and pool.get_num_free_blocks() == free - len(shared)
 
     for name in ("not admitted", "question"):
-        manager.begin_eviction(name, EVICTION)
+        manager.begin_eviction(name, EVICTION, lambda: 0)
         assert store.find("a", [*tokens, 1], None, EVICTION) is kept
         manager.adopt(name, table)
         wanted = manager.get_num_blocks_to_allocate(name, prompt + 5, (), prompt, 0, prompt + 5)
@@ -173,7 +173,7 @@ def test_a_question_takes_over_the_pages_and_replaces_them_before_they_would_be_
 def test_without_room_for_the_copy_the_compaction_waits(pool):
     manager, tokens = manager_of(pool), list(range(6 * PAGE))
     _, blocks = entry(pool, tokens)
-    manager.begin_eviction("q", EVICTION)
+    manager.begin_eviction("q", EVICTION, lambda: 0)
     manager.adopt("q", blocks)
     manager.add_local_computed_blocks("q", (), 0, len(tokens))
     manager.allocate_external_computed_blocks("q", 0, len(tokens))
@@ -194,7 +194,7 @@ def test_an_episode_that_gives_way_to_its_only_question_is_not_copied(pool):
     blocks = pool.get_new_blocks(6)
     store.keep("a", Kept(digest(tokens, None), len(tokens), EVICTION, {0: blocks}))
     pool.free_blocks(blocks)
-    manager.begin_eviction("q", EVICTION)
+    manager.begin_eviction("q", EVICTION, lambda: 0)
     assert store.find("a", [*tokens, 1], None, EVICTION)
     manager.adopt("q", blocks)
     manager.add_local_computed_blocks("q", (), 0, len(tokens))

@@ -76,6 +76,8 @@ class _State:
     """What has become of an evicting request's table."""
 
     eviction: Eviction
+    num_computed: Callable[[], int]
+    """Tokens in the cache when the next step begins: `processed_computed_tokens` lags behind steps in flight"""
     end: int = 0
     """Pages [budget_pages, end) of the table are null; 0: nothing was compacted yet"""
     prompt_done: bool = False
@@ -101,10 +103,14 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
         self.make_room: Callable[[int], None] | None = None
         """Asked to have kept episodes give way where fewer blocks than these are free"""
 
-    def begin_eviction(self, request_id: str, eviction: Eviction) -> None:
-        """The request keeps this group's share of `eviction.budget_pages` pages from its first step on."""
+    def begin_eviction(self, request_id: str, eviction: Eviction, num_computed: Callable[[], int]) -> None:
+        """The request keeps this group's share of `eviction.budget_pages` pages from its first step on.
+
+        Args:
+            num_computed: how many of its tokens are in the cache when the next step begins.
+        """
         own = eviction.share(self.kv_cache_spec.budget_share, self.block_size)
-        self._states[request_id] = _State(own)
+        self._states[request_id] = _State(own, num_computed)
 
     def end_eviction(self, request_id: str) -> None:
         """The request has finished. vLLM asks for skipped blocks once more before it says so: nobody compacts those."""
@@ -141,7 +147,8 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
 
     def withdraw_offers(self) -> None:
         for request_id in self._offers:  # not taken
-            self._states[request_id] = _State(self._states[request_id].eviction)
+            state = self._states[request_id]
+            self._states[request_id] = _State(state.eviction, state.num_computed)
         super().withdraw_offers()
 
     def remove_skipped_blocks(
@@ -169,7 +176,8 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
             return
         # While the prompt is read, and once after it; then blockwise, for tokens that are generated one by one.
         # A question about a stored episode is spared the copy of its pages until then, too.
-        reading = processed_computed_tokens < max(num_prompt_tokens or 0, state.read_before)
+        computed = max(processed_computed_tokens, state.num_computed())
+        reading = computed < max(num_prompt_tokens or 0, state.read_before)
         lazy = state.prompt_done and not reading if not state.shared else not eviction.keeps
         if lazy and held < budget + eviction.block_tokens // self.block_size:
             return
@@ -229,7 +237,7 @@ class PageManager(AdoptsBlocks, FullAttentionManager):
         # Preempted and about to begin anew. What was due is not done: others may own the pages by then. The table
         # reaches into its last block, so at least this many tokens come again; fewer than a page more are no block.
         read_before = max(state.read_before, (len(blocks) - 1) * self.block_size + 1)
-        self._states[request_id] = _State(state.eviction, read_before=read_before)
+        self._states[request_id] = _State(state.eviction, state.num_computed, read_before=read_before)
         self._forget_due(request_id)
         return [block for block in blocks if not block.is_null]
 

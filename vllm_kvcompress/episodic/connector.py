@@ -147,7 +147,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         request.skip_reading_prefix_cache = True  # pages that others share must not be written
         self._requests[request.request_id] = (request, wanted)
         for _, manager in self._page_managers():
-            manager.begin_eviction(request.request_id, wanted.eviction)
+            manager.begin_eviction(request.request_id, wanted.eviction, lambda: request.num_computed_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> EvictionMetadata:
         stores, loads = self._settle()
