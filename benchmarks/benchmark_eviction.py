@@ -3,11 +3,11 @@
 
     python benchmarks/benchmark_eviction.py [--context 102400] [--budget 6144] [--batches 4,1] [--out DIR]
 
-The shape of Llama-3.1-8B with dummy weights and --layers of its 32 layers, as in benchmark_engine.py. Four engines: `auto`
-(FlashAttention over bf16 pages) and one of our formats, each keeping everything and each with requests that evict. All
-read prompts in steps of one block, so that prefill compares. They start at once and measure one after the other, alone on
-the GPU. Peak memory is looked up in the block manager after every step that is scheduled: pages and 16-bit windows of one
-request, in bytes of all layers.
+The shape of Llama-3.1-8B with dummy weights and --layers of its 32 layers, as in benchmark_engine.py. Four engines:
+`auto` (FlashAttention over bf16 pages) and one of our formats, each keeping everything and each with requests that
+evict. All read prompts in steps of one block, so that prefill compares. They all start, then measure one after the
+other, alone on the GPU. Peak memory is looked up in the block manager after every step that is scheduled: pages and
+16-bit windows of one request, in bytes of all layers.
 
 Prefill is that of one request, timed without looking into it. How long guide passes and compactions take is measured in
 another reading, which waits for the GPU before and after each.
@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import _common as common
-import torch
 from _common import number, verdict
 from benchmark_engine import LLAMA_8B, TOY, Requests, integers, round_up, write_model
 
@@ -71,7 +70,7 @@ class Measured:
 
 
 def watch_pages(worker: Any) -> None:
-    """Count what requests hold. Runs in the worker, which with one GPU is the scheduler's process (on a CPU it is not)."""
+    """Count what requests hold. Runs in the worker, the scheduler's process where there is one GPU."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     original = Scheduler.schedule
@@ -178,7 +177,9 @@ def engine_arguments(args: argparse.Namespace, model: Path, setup: Setup) -> dic
     most = max(args.batches)
     # Tokens that the first request makes while the others are read, then those that are timed.
     max_model_len = round_up(args.context + NEW_TOKENS + most * (args.context // args.block + 2), 128)
-    token_bytes = 2 * (4 if args.dry_run else 2) * args.shape["head_dim"] * args.shape["num_key_value_heads"] * args.layers
+    token_bytes = (
+        2 * (4 if args.dry_run else 2) * args.shape["head_dim"] * args.shape["num_key_value_heads"] * args.layers
+    )
     held = 2 * args.budget + 4 * args.block if setup.evicts else max_model_len
     settings: dict[str, Any] = {"episodic": {"budget": args.budget, "block_tokens": args.block}} if setup.evicts else {}
     found = {
@@ -301,9 +302,7 @@ def report(found: list[Measured], args: argparse.Namespace) -> str:
         else:
             cells += ["-"] * 3
         rows.append(cells)
-    title = (
-        f"Histories of {args.context} tokens, budget {args.budget}, blocks of {args.block}, guides of {args.guide} tokens"
-    )
+    title = f"Histories of {args.context} tokens, budget {args.budget}, blocks of {args.block}, guides of {args.guide}"
     errors = [f"{row.setup.label}: {row.error}" for row in found if row.error]
     return "\n\n".join([title, common.table(headers, rows), *errors])
 
@@ -337,7 +336,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=integers, default=[4, 1])
     parser.add_argument("--steps", type=int, default=32, help="decode steps of each timed block")
     parser.add_argument("--rounds", type=int, default=3, help="prefills that are timed")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds an engine may take to start, and to measure")
+    parser.add_argument(
+        "--timeout", type=float, default=300, help="seconds an engine may take to start, and to measure"
+    )
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.shape = LLAMA_8B

@@ -222,7 +222,7 @@ def wrap_lone_prefills(applies: Callable[[Any], bool]) -> None:
 
 
 def watch_loaded_models() -> None:
-    """Remember the model of every configuration (`loaded_model`): a KV connector is not given it.
+    """Remember every model that is loaded (`loaded_model`): a KV connector is not given it.
 
     0.32, 0.33: `BaseModelLoader.load_model`, through which both model runners load. Drafts have another model_config.
     """
@@ -237,21 +237,26 @@ def watch_loaded_models() -> None:
     def load_model(self, vllm_config, model_config, *args, **kwargs):
         model = original(self, vllm_config, model_config, *args, **kwargs)
         if model_config is vllm_config.model_config:
-            _models[vllm_config.instance_id] = weakref.ref(model)
+            _models.append(weakref.ref(model))
         return model
 
     load_model._kvcompress = True  # type: ignore[attr-defined]
     loader.load_model = load_model
 
 
-_models: dict[str, weakref.ref] = {}
+_models: list[weakref.ref] = []
 
 
 def loaded_model(vllm_config: Any) -> Any:
-    """The model of this process that was loaded for a configuration."""
-    model = _models[vllm_config.instance_id]()
-    assert model is not None
-    return model
+    """The model of this process that was loaded for a configuration: the one its attention layers belong to.
+
+    The configuration itself does not tell: its instance_id is another once the engine compiles (0.33).
+    """
+    layer = next(iter(vllm_config.compilation_config.static_forward_context.values()))
+    for model in (reference() for reference in _models):
+        if model is not None and any(module is layer for module in model.modules()):
+            return model
+    raise RuntimeError("the model was not loaded by one of vLLM's model loaders")
 
 
 def wrap_request_check(check: Callable[[Any, Any], None]) -> None:

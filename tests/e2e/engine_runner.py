@@ -231,6 +231,8 @@ def poison_evicted_pages(wrapper) -> None:
 
     def load_and_poison(self, copy):
         load(self, copy)
+        if self._pages[0].is_cuda:
+            torch.cuda.synchronize()  # the copy is still under way
         self._slots[:, copy.slots] = 0xFF
 
     def watched_start_load_kv(self, *args, **kwargs):

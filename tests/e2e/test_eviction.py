@@ -92,6 +92,7 @@ def run(model, folder, rounds: list[Round], block: int = BLOCK, host_memory: int
         "max_num_seqs": 8,
         "kv_cache_memory_bytes": 64 << 20,
         "dtype": "float32",
+        "gpu_memory_utilization": 0.1,  # other engines may be there; the bytes are given
         "additional_config": {
             "kvcompress": {
                 "sink_tokens": SINKS,
@@ -524,7 +525,8 @@ def test_sixteen_bit_pages_evict_what_the_reference_evicts(real_weights, tmp_pat
     cases: list[tuple[str | None, int]] = [(None, BUDGET), *CASES]
     asks = [None if n is None else ask(n, budget, guide if n == "epicache" else None) for n, budget in cases]
     rounds = [Round([ids], [asked], {**SCORED, "max_tokens": 1}) for asked in asks]
-    report = run(folder, tmp_path, rounds, kv_cache_dtype="auto", dtype="float16" if ON_GPU else "float32")
+    dtype = "float16" if ON_GPU else "float32"
+    report = run(folder, tmp_path, rounds, kv_cache_dtype="auto", dtype=dtype, block_size=PAGE)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=NAME).eval()
     prompt, guide_ids = torch.tensor(ids), torch.tensor(guide)
     for (name, budget), outputs in zip(cases, report["rounds"], strict=True):

@@ -3,10 +3,13 @@
 
 import random
 import secrets
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from vllm_kvcompress import compat
 from vllm_kvcompress.episodic.connector import NullRange
 from vllm_kvcompress.episodic.worker import match_rows
 
@@ -53,3 +56,19 @@ def test_any_order_of_many_rows():
     expected = {found.tail: row for row, found in enumerate(ranges)}
     rng.shuffle(ranges)
     assert {found.tail: row for found, row in match_rows(table, ranges)} == expected
+
+
+def test_the_model_is_the_one_whose_layers_these_are(monkeypatch):
+    """Whatever has become of the configuration since: of two engines in a process each finds its own."""
+    models = [torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.ReLU()) for _ in range(3)]
+    monkeypatch.setattr(compat, "_models", [weakref.ref(model) for model in models])
+
+    def config(model):
+        return SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={"layer": model[1]}))
+
+    assert [compat.loaded_model(config(model)) for model in models] == models
+    gone = models.pop()
+    layers = config(gone)
+    del gone
+    with pytest.raises(RuntimeError, match="not loaded by"):
+        compat.loaded_model(layers)

@@ -13,7 +13,7 @@ from vllm_kvcompress.cli import main
 from vllm_kvcompress.episodic.template import ChatTemplate
 from vllm_kvcompress.errors import KVCompressError
 from vllm_kvcompress.evaluation import conversation_command, conversation_report
-from vllm_kvcompress.evaluation.conversation_engine import Reply
+from vllm_kvcompress.evaluation.conversation_engine import Reading, Reply
 from vllm_kvcompress.evaluation.conversation_figures import FULL, Outcome, Setup, setup_figures
 from vllm_kvcompress.evaluation.conversations import AskedQuestion, answerable, ask_questions, cut_history
 from vllm_kvcompress.evaluation.locomo import Category, Question, read_folder
@@ -187,7 +187,8 @@ def test_a_history_is_read_once_for_each_setup_and_guide():
     asked = [AskedQuestion(history, None, [7, number], [8]) for number, history in enumerate((1, 0, 0, 0))]
     guides = [[1], [2], [3], [2]]
     setups = [FULL, Setup("epicache", 0.5), Setup("keydiff", 0.5)]
-    readings, order = conversation_command._readings(histories, asked, setups, guides)
+    found = conversation_command._readings(histories, asked, setups, guides)
+    readings, order = [reading for reading, _ in found], [place for _, places in found for place in places]
     assert [(one.history, one.extra_args.get("kvcompress_guide"), len(one.asked)) for one in readings] == [
         (0, None, 3), (0, [2], 2), (0, None, 3), (0, [3], 1), (1, None, 1), (1, [1], 1), (1, None, 1),
     ]  # fmt: skip
@@ -199,6 +200,14 @@ def test_a_history_is_read_once_for_each_setup_and_guide():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("jobs", "expected"), [(1, [[0, 1, 2]]), (2, [[0, 2], [1]]), (7, [[0], [1], [2]])])
+def test_engines_share_whole_histories(jobs, expected):
+    readings = [(Reading(history=number, extra_args={}, asked=[]), [number]) for number in (0, 0, 1, 2, 2)]
+    parts = conversation_command._parts(readings, jobs)
+    assert [sorted({reading.history for reading, _ in part}) for part in parts] == expected
+    assert sorted(place for part in parts for _, (place,) in part) == [0, 0, 1, 2, 2]
+
+
 @pytest.mark.parametrize(
     "arguments, error",
     [
@@ -208,6 +217,7 @@ def test_a_history_is_read_once_for_each_setup_and_guide():
         (["--policies", "h2o"], "--policies: 'h2o' must be one of epicache,"),
         (["--block-tokens", "100"], "--block-tokens must be a multiple of 128, got 100"),
         (["--questions", "0"], "--questions must be at least 1, got 0"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--formats", "fp8"], "--formats: fp8 cannot evict; auto and"),
         (["--formats", "turboquant-5"], "unknown format 'turboquant-5'"),
         (["--max-history", "100"], "shorter than a block of 256"),
@@ -227,8 +237,7 @@ def test_a_model_without_a_template(tiny_model, tmp_path, capsys):
     assert "the model's chat template does not take this conversation" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("auto", 1e-3), ("turboquant-4", 0.1)])
-def test_real_engine(chat_model, tmp_path, capsys, dtype, tolerance):
+def test_real_engines(chat_model, tmp_path, capsys):
     """A budget that holds the history changes nothing; one that does not, and another policy, do.
 
     Batches differ, which 16-bit pages (float32 here) hardly show. Of 4-bit ones the recent window is read in 16 bits
@@ -236,31 +245,24 @@ def test_real_engine(chat_model, tmp_path, capsys, dtype, tolerance):
     """
     data = write_talk(tmp_path / "data")
     arguments = ["--max-history", "1024", "--block-tokens", "256", "--questions", "2", "--max-tokens", "4"]
-    arguments += [
-        "--budgets",
-        "0.25,0.99",
-        "--policies",
-        "epicache,streaming",
-        "--dtype",
-        "float32",
-        "--formats",
-        dtype,
-    ]
-    out = tmp_path / "out"
-    assert main(["eval-conversations", str(chat_model), "--data", str(data), *arguments, "--out", str(out)]) == 0
+    arguments += ["--budgets", "0.25,0.99", "--policies", "epicache,streaming", "--dtype", "float32", "--jobs", "2"]
+    tolerances = {"auto": 1e-3, "turboquant-4": 0.1}
+    arguments += ["--formats", ",".join(tolerances), "--out", str(out := tmp_path / "out")]
+    assert main(["eval-conversations", str(chat_model), "--data", str(data), *arguments]) == 0
     document = json.loads((out / "conversations.json").read_text())
-    rows = {(row["setup"]["policy"], row["setup"]["share"]): row for row in document["rows"]}
-    assert len(rows) == 5
-
-    def likelihoods(*key):
-        return [one["likelihood"] for one in rows[key]["questions"]]
-
-    full = likelihoods(None, None)
-    assert len(full) == 2
-    for policy in ("epicache", "streaming"):
-        assert likelihoods(policy, 0.99) == pytest.approx(full, abs=tolerance)
-        assert likelihoods(policy, 0.25) != pytest.approx(full, abs=1e-3)
-    assert likelihoods("epicache", 0.25) != pytest.approx(likelihoods("streaming", 0.25), abs=1e-3)
+    for dtype, tolerance in tolerances.items():
+        found = {
+            (row["setup"]["policy"], row["setup"]["share"]): [one["likelihood"] for one in row["questions"]]
+            for row in document["rows"]
+            if row["format"] == dtype
+        }
+        assert len(found) == 5
+        full = found[None, None]
+        assert len(full) == 2
+        for policy in ("epicache", "streaming"):
+            assert found[policy, 0.99] == pytest.approx(full, abs=tolerance)
+            assert found[policy, 0.25] != pytest.approx(full, abs=1e-3)
+        assert found["epicache", 0.25] != pytest.approx(found["streaming", 0.25], abs=1e-3)
     printed = capsys.readouterr().out
     for expected in ("Routing, ", "category 5", "full cache", "from 2 questions are too narrow"):
         assert expected in printed

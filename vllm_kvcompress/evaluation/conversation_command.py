@@ -14,9 +14,12 @@ asked about them. The bar shows the tokens still to be read of each format and h
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
+import threading
+from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -86,6 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     head = "dtype of the logits; a quantised output head needs `model` (default %(default)s)"
     engine.add_argument("--head-dtype", choices=("float32", "model"), default="float32", help=head)
     engine.add_argument("--kv-bytes", type=int, help="bytes of KV cache (default: enough for the longest history)")
+    jobs = (
+        "engines at once, which share the histories, one a GPU where there are several; on one GPU each starts only if "
+        "gpu_memory_utilization in --engine-args leaves room for the others (default %(default)s)"
+    )
+    engine.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs)
     more = 'further keyword arguments of vllm.LLM, e.g. {"tensor_parallel_size": 2}'
     engine.add_argument("--engine-args", type=json_object, default={}, metavar="JSON", help=more)
     parser.add_argument("--seed", type=int, default=0, help="of questions and bootstrap (default %(default)s)")
@@ -135,10 +143,13 @@ def run(args: argparse.Namespace) -> int:
         notes=_notes(args, specs, histories, asked),
     )
     args.out.mkdir(parents=True, exist_ok=True)
+    parts = _parts(_readings(histories, asked, setups, guides), -(-args.jobs // len(specs)))
+    order = [place for part in parts for _, places in part for place in places]
     with tempfile.TemporaryDirectory(prefix="kvcompress-eval-") as scratch:
-        for number, spec in enumerate(specs):
+        tasks: list[launch.Task[ConversationJob]] = []
+        for spec, part in itertools.product(specs, parts):
             job = ConversationJob(
-                folder=Path(scratch) / str(number),
+                folder=Path(scratch) / str(len(tasks)),
                 engine_args=engine_arguments(
                     args.model,
                     kv_cache_dtype=spec.kv_cache_dtype,
@@ -155,20 +166,20 @@ def run(args: argparse.Namespace) -> int:
                 max_tokens=args.max_tokens,
                 stop_tokens=[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
             )
-            readings, order = _readings(histories, asked, setups, guides)
-            job.write([history.tokens for history in histories], readings)
-            sizes = [len(histories[one.history].tokens) for one in readings]
-            log = args.out / "logs" / f"{number}-{spec.kv_cache_dtype}.log"
-            try:
-                launch.watch_engine(
-                    job, sizes, spec.label, log, module="vllm_kvcompress.evaluation.conversation_engine"
-                )
-            except launch.EngineFailure as failure:
-                outcome.rows.append(report.ConversationRow(spec.label, FULL, error=str(failure)))
-            else:
-                outcome.rows.extend(_rows(spec, job.replies(), order, setups, asked, tokenizer, longest, args.seed))
-            # Written after every format: an interrupted run keeps what it has.
-            report.write_json(outcome, args.out / "conversations.json")
+            job.write([history.tokens for history in histories], [reading for reading, _ in part])
+            log = args.out / "logs" / f"{len(tasks)}-{spec.kv_cache_dtype}.log"
+            tasks.append(launch.Task(job, spec.label, log))
+        with closing(launch.run_at_once(tasks, _run_engine, at_once=args.jobs)) as results:
+            for spec in specs:
+                found = [next(results) for _ in parts]
+                failure = next((one for one in found if isinstance(one, launch.EngineFailure)), None)
+                if failure is not None:
+                    outcome.rows.append(report.ConversationRow(spec.label, FULL, error=str(failure)))
+                else:
+                    replies = [reply for one in found if isinstance(one, list) for reply in one]
+                    outcome.rows.extend(_rows(spec, replies, order, setups, asked, tokenizer, longest, args.seed))
+                # Written after every format: an interrupted run keeps what it has.
+                report.write_json(outcome, args.out / "conversations.json")
     print(report.table(outcome))
     written = [str(args.out / "conversations.json")]
     if report.write_plot(outcome, args.out / "conversations.png"):
@@ -179,8 +190,21 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(row.error for row in outcome.rows) else 0
 
 
+def _run_engine(
+    task: launch.Task[ConversationJob], stop: threading.Event, device: str | None
+) -> list[Reply] | launch.EngineFailure:
+    module = "vllm_kvcompress.evaluation.conversation_engine"
+    try:
+        launch.watch_engine(
+            task.job, task.job.sizes, task.label, task.log_file, module=module, stop=stop, device=device
+        )
+    except launch.EngineFailure as failure:
+        return failure
+    return task.job.replies()
+
+
 def _check_arguments(args: argparse.Namespace) -> None:
-    for name in ("conversations", "max_history", "questions", "max_tokens", "kv_bytes"):
+    for name in ("conversations", "max_history", "questions", "max_tokens", "kv_bytes", "jobs"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise KVCompressError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -251,14 +275,14 @@ Place = tuple[Setup, int]
 
 def _readings(
     histories: list[History], asked: list[AskedQuestion], setups: list[Setup], guides: list[list[int]]
-) -> tuple[list[Reading], list[Place]]:
-    """What is to be read, history by history, and whose the replies will be, in their order."""
+) -> list[tuple[Reading, list[Place]]]:
+    """What is to be read, history by history, and whose its replies will be, in their order."""
     found: dict[tuple[int, Setup, tuple[int, ...]], list[int]] = {}
     for index, (one, guide) in enumerate(zip(asked, guides, strict=True)):
         for setup in setups:
             guided = setup.policy is not None and POLICIES[setup.policy].queries == "guide"
             found.setdefault((one.history, setup, tuple(guide) if guided else ()), []).append(index)
-    readings, order = [], []
+    readings = []
     for (number, setup, guiding), questions in sorted(found.items(), key=lambda item: item[0][0]):
         history = histories[number]
         extra: dict[str, Any] = {}
@@ -271,9 +295,16 @@ def _readings(
             if guiding:
                 extra[GUIDE] = list(guiding)
         mine = [Asked(suffix=asked[index].suffix, gold=asked[index].gold) for index in questions]
-        readings.append(Reading(history=number, extra_args=extra, asked=mine))
-        order += [(setup, index) for index in questions]
-    return readings, order
+        reading = Reading(history=number, extra_args=extra, asked=mine)
+        readings.append((reading, [(setup, index) for index in questions]))
+    return readings
+
+
+def _parts(readings: list[tuple[Reading, list[Place]]], count: int) -> list[list[tuple[Reading, list[Place]]]]:
+    """At most `count` parts of about as many tokens to read: whole histories, each in one part alone."""
+    numbers = sorted({reading.history for reading, _ in readings})
+    shares = [numbers[start :: min(count, len(numbers))] for start in range(min(count, len(numbers)))]
+    return [[one for one in readings if one[0].history in share] for share in shares]
 
 
 def _rows(

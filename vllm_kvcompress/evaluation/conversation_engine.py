@@ -64,6 +64,13 @@ class ConversationJob(EngineJob):
         """One line of JSON a question, reading by reading."""
         return self.folder / "replies.jsonl"
 
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each reading."""
+        histories = json.loads((self.folder / "histories.json").read_text())
+        readings = json.loads((self.folder / "readings.json").read_text())
+        return [len(histories[reading["history"]]) for reading in readings]
+
     def write(self, histories: list[list[int]], readings: list[Reading]) -> None:
         """Leave what `run_job` reads."""
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -30,6 +31,12 @@ class EngineJob(BaseModel):
     """Keyword arguments of vllm.LLM."""
     parent: int = Field(default_factory=os.getpid)
     """Who wants the results: the process that makes the job and starts its engine."""
+
+    @property
+    def gpus(self) -> int:
+        """How many the engine takes, on a machine that has them."""
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+        return math.prod(self.engine_args.get(size, 1) for size in sizes)
 
     @property
     def progress_file(self) -> Path:

@@ -10,18 +10,23 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
+import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
 from vllm_kvcompress.errors import KVCompressError
 from vllm_kvcompress.evaluation.engine import EngineJob, Job, Summary
 from vllm_kvcompress.evaluation.prompts import Prompt
+
+T = TypeVar("T")
+J = TypeVar("J", bound=EngineJob)
 
 _POLL_SECONDS = 0.2
 _LOG_TAIL_LINES = 12
@@ -43,35 +48,49 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Generic[J]):
     """One engine to run, under the name it has on screen."""
 
-    job: Job
+    job: J
     label: str
     log_file: Path
 
 
 def run_engines(
-    tasks: Sequence[Task], prompts: list[Prompt], *, at_once: int
+    tasks: Sequence[Task[Job]], prompts: list[Prompt], *, at_once: int
 ) -> Generator[Recorded | EngineFailure, None, None]:
-    """Results in the order of `tasks`, of at most `at_once` engines running together and started in that order.
+    """As `run_at_once`; the failure of a reference stops all others."""
 
-    The failure of a reference stops all others, as closing the iterator does: no process outlives it. Close it
-    (`contextlib.closing`), or an exception between two results leaves that to the garbage collector.
-    """
-    stop = threading.Event()
-
-    def run(task: Task) -> Recorded | EngineFailure:
+    def run(task: Task[Job], stop: threading.Event, device: str | None) -> Recorded | EngineFailure:
         try:
-            return run_engine(task.job, prompts, task.label, task.log_file, stop=stop)
+            return run_engine(task.job, prompts, task.label, task.log_file, stop=stop, device=device)
         except EngineFailure as failure:
             if task.job.reference_folder is None:
                 stop.set()
             return failure
 
+    return run_at_once(tasks, run, at_once=at_once)
+
+
+def run_at_once(
+    tasks: Sequence[Task[J]], run: Callable[[Task[J], threading.Event, str | None], T], *, at_once: int
+) -> Generator[T, None, None]:
+    """Results of `run(task, stop, device)` in the order of `tasks`, at most `at_once` together and begun in that order.
+
+    On a machine with several GPUs tasks that may run together get one each, in turn, if an engine takes only one.
+    Closing the iterator stops all: no process outlives it. Close it (`contextlib.closing`), or an exception between two
+    results leaves that to the garbage collector.
+    """
+    stop = threading.Event()
+    devices = _devices() if at_once > 1 else []
+    if any(task.job.gpus > 1 for task in tasks) or len(devices) < 2:
+        devices = [None]
     with ThreadPoolExecutor(at_once) as pool:
         try:
-            futures = [pool.submit(run, task) for task in tasks]
+            futures = [
+                pool.submit(run, task, stop, device)
+                for task, device in zip(tasks, itertools.cycle(devices), strict=False)
+            ]
             turn = 0
             for future in as_completed(futures):
                 future.result()  # What is not an engine's failure is raised here, out of turn.
@@ -83,13 +102,28 @@ def run_engines(
             stop.set()
 
 
+def _devices() -> list[str | None]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
 def run_engine(
-    job: Job, prompts: list[Prompt], label: str, log_file: Path, *, stop: threading.Event | None = None
+    job: Job,
+    prompts: list[Prompt],
+    label: str,
+    log_file: Path,
+    *,
+    stop: threading.Event | None = None,
+    device: str | None = None,
 ) -> Recorded:
     """Start the process, show its progress on a line of its own, collect its results.
 
     Args:
         stop: ends the process when set, from any thread.
+        device: the only GPU it may see; None: all.
 
     Raises:
         EngineFailure: with the engine's own reason and where its log lies.
@@ -104,6 +138,7 @@ def run_engine(
         log_file,
         module="vllm_kvcompress.evaluation.engine",
         stop=stop,
+        device=device,
     )
     return _collect(job, len(prompts))
 
@@ -116,6 +151,7 @@ def watch_engine(
     *,
     module: str,
     stop: threading.Event | None = None,
+    device: str | None = None,
 ) -> None:
     """Start the process and show its progress on a line of its own until it has left its summary.
 
@@ -123,6 +159,7 @@ def watch_engine(
         tokens: of each prompt, in the order they are fed.
         module: run as `python -m MODULE JOB.json`.
         stop: ends the process when set, from any thread.
+        device: the only GPU it may see; None: all.
 
     Raises:
         EngineFailure: with the engine's own reason and where its log lies.
@@ -140,6 +177,7 @@ def watch_engine(
         "VLLM_LOGGING_LEVEL": "WARNING",
         "TOKENIZERS_PARALLELISM": "false",
         **os.environ,
+        **({} if device is None else {"CUDA_VISIBLE_DEVICES": device}),
     }
     log_file.parent.mkdir(parents=True, exist_ok=True)
     fed = list(itertools.accumulate(tokens, initial=0))
