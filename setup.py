@@ -6,6 +6,7 @@ torch or fails, 0 never compiles. CUDA_HOME names the toolkit, MAX_JOBS the comp
 which nvcc reads itself, more flags.
 """
 
+import gzip
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -158,6 +161,30 @@ class Wheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+class SourceArchive(sdist):
+    """From the same files the same bytes where SOURCE_DATE_EPOCH is set, as wheels are: setuptools' archive is not."""
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        if epoch is None or format != "gztar":
+            return super().make_archive(base_name, format, root_dir, base_dir, owner, group)
+
+        def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+            member.mtime, member.uid, member.gid, member.uname, member.gname = int(epoch), 0, 0, "", ""
+            member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+            return member
+
+        path = f"{base_name}.tar.gz"
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with (
+            open(path, "wb") as file,
+            gzip.GzipFile("", "wb", fileobj=file, mtime=int(epoch)) as stream,
+            tarfile.open(fileobj=stream, mode="w") as archive,
+        ):
+            archive.add(Path(root_dir or ".", base_dir), base_dir, filter=anonymous)  # folders in order of names
+        return path
+
+
 def extensions() -> list[Extension]:
     try:
         BuildCuda.toolchain = find_toolchain()
@@ -175,4 +202,4 @@ def extensions() -> list[Extension]:
 
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildCuda, "bdist_wheel": Wheel})
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildCuda, "bdist_wheel": Wheel, "sdist": SourceArchive})

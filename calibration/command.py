@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from vllm_kvcompress.errors import KVCompressError, RotationError
-from vllm_kvcompress.rotations.locate import default_output, model_fingerprint, model_folder
+from vllm_kvcompress.rotations.locate import default_output, find_optional_rotation, model_fingerprint, model_folder
 
 SUMMARY = "make the rotation file of a model"
 DEFAULT_TOKENS = 4096
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, help="tokens to measure (default %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: where the engine looks for it")
+    parser.add_argument("--if-missing", action="store_true", help="do nothing where that file is there already")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write a table and plots there")
     parser.add_argument("--seed", type=int, default=0, help="of the generated text (default %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
@@ -38,6 +39,11 @@ def run(args: argparse.Namespace) -> int:
             f"{args.model} is neither a folder nor a model downloaded to this machine. "
             f"Download it first with: hf download {args.model}"
         )
+    if args.if_missing:
+        there = args.out or find_optional_rotation(args.model, folder, None)
+        if there is not None and there.is_file():
+            print(f"rotation: {there} is there already")
+            return 0
     fingerprint = model_fingerprint(folder)
     out = args.out or default_output(args.model, folder)
     started = time.monotonic()

@@ -2,6 +2,7 @@
 """The whole calibration on tiny random models, as functions and as the command."""
 
 import json
+import shutil
 from dataclasses import fields
 
 import pytest
@@ -209,6 +210,29 @@ def test_command(model_folders, tmp_path, capsys):
     assert main([*arguments, "--data", str(data), "--out", str(out)]) == 0
     assert f'"rotation": "{out}"' in capsys.readouterr().out
     assert read_rotation(out).metadata.data == "text.txt"
+
+
+@pytest.mark.parametrize("place", ["beside the model", "user cache", "--out"])
+def test_if_missing(place, model_folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("VLLM_KVCOMPRESS_CACHE", str(tmp_path / "cache"))
+    folder = shutil.copytree(model_folders["llama"], tmp_path / "model")
+    arguments = ["calibrate", str(folder), "--tokens", "64", "--device", "cpu", "--if-missing"]
+    path = {
+        "beside the model": folder / "kvcompress" / "rotation.safetensors",
+        "user cache": tmp_path / "cache" / f"{model_fingerprint(folder)}.safetensors",
+        "--out": tmp_path / "r.safetensors",
+    }[place]
+    if place == "--out":
+        arguments += ["--out", str(path)]
+        assert main(arguments) == 0 and read_rotation(path).metadata.seed == 0
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"not looked into")
+    before = path.read_bytes()
+    capsys.readouterr()
+    assert main([*arguments, "--seed", "1"]) == 0
+    assert capsys.readouterr().out == f"rotation: {path} is there already\n"
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
