@@ -294,7 +294,7 @@ def test_eviction_from_caches_of_vllm(model):
 @on_cpu
 @pytest.mark.parametrize(
     "episodic,word",
-    [({}, "budget"), ({"budget": 100}, "512"), ({"budget": 512, "policy": "h2o"}, "epicache"), ("{", "episodic")],
+    [({}, "budget"), ({"budget": 100}, "512"), ({"budget": 512, "policy": "lru"}, "epicache"), ("{", "episodic")],
 )
 def test_settings_of_eviction(model, episodic, word):
     refused(model, word, dtype="int2", settings={"episodic": episodic})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eviction in place: score a request's slots in one layer, gather the survivors' bytes, write them to the kept pages.
+"""Eviction in place: gather the survivors' bytes of a request's slots in one layer, write them to the kept pages.
 
 The torch reference is `kernels.compaction`. Survivors are gathered into scratch pages first, as many as the budget has:
 kept pages are among those they are gathered from. Nothing here waits for the device.
@@ -11,10 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.episodic.policies import Policy, protected_slots
 from vllm_kvcompress.formats.base import PageLayout, RowLayout, page_fields
 from vllm_kvcompress.triton_kernels import _common, _paged
-from vllm_kvcompress.triton_kernels.score import Slots, dequantise_keys, score
+from vllm_kvcompress.triton_kernels.score import dequantise_keys
 from vllm_kvcompress.triton_kernels.store import store
 
 
@@ -22,17 +21,12 @@ def compact(
     pages: torch.Tensor,
     layout: PageLayout,
     table: torch.Tensor,
-    num_slots: int,
     num_sources: int,
     targets: torch.Tensor,
-    policy: Policy,
-    protected_tokens: int,
-    queries: torch.Tensor | None,
-    key_offset: torch.Tensor | None,
-    scale: float,
+    scores: torch.Tensor,
+    protected: torch.Tensor,
     is_first: bool,
     *,
-    workspace: torch.Tensor,
     sketch: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`kernels.compaction.compact`, whose arguments and result these are, but for scores that are not finite.
@@ -41,25 +35,15 @@ def compact(
     ends the engine for every request. What makes it has made NaN of a model's output before, for this request alone.
 
     Args:
-        queries: [Q, Hq, D] float16 in cache space, the last dimension contiguous; None if the policy needs none.
-        key_offset: [H, D] float32, contiguous, or None.
-        workspace: [N, H, D] float16, contiguous, a page or more: what keys are scored in, that many at a time.
+        protected: no more than the budget, itself no more than the sources.
         sketch: S of `quantizers.qjl`, contiguous float16 [D, D], if the keys have signs; else None.
 
     Raises:
-        ValueError: shapes, dtypes or strides do not fit, a policy without a kernel, a budget that does not hold what
-            is protected.
+        ValueError: shapes, dtypes or strides do not fit.
     """
     _paged.page_constants(pages, layout)
     _common.check_sketch(sketch, layout)
-    sources, budget = num_sources * layout.page_tokens, len(targets) * layout.page_tokens
-    if min(protected_tokens, sources) > budget or not 0 < budget <= sources:
-        raise ValueError(
-            f"a budget of {budget} of {sources} slots does not hold the {protected_tokens} that are always kept"
-        )
-    slots = Slots(pages, layout, table, num_slots, workspace, sketch)
-    scores = score(policy, slots, queries, key_offset, scale)[:, :sources]
-    kept = select(scores, budget, protected_slots(policy, num_slots, sources, budget, protected_tokens, pages.device))
+    kept = select(scores[:, : len(protected)], len(targets) * layout.page_tokens, protected)
     # Page 0 stays empty: to the store kernel it is the null page.
     staged = pages.new_zeros(len(targets) + 1, *pages.shape[1:])
     _gather_rows(pages, layout, table, kept, staged, None)

@@ -4,7 +4,7 @@
 
 Keys are dequantised into a workspace, as many at a time as it holds, and multiplied as fp16 with float32 sums.
 Attention weights take two passes over them: the log-sum-exp of every query and head, by shares of the slots, then each
-slot's largest or mean weight over all rows (query, head of the group) of its KV head.
+slot's largest weight, or the sum of its weights, over all rows (query, head of the group) of its KV head.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.episodic.policies import EpiCache, KeyDiff, Policy, SnapKV, Streaming
+from vllm_kvcompress.episodic.policies import H2O, EpiCache, KeyDiff, Policy, SnapKV, Streaming
 from vllm_kvcompress.formats.base import PageLayout
 from vllm_kvcompress.triton_kernels.gather import gather_history
 
@@ -119,24 +119,31 @@ def score(
     queries: torch.Tensor | None,
     key_offset: torch.Tensor | None,
     scale: float,
+    previous: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`policy.score` of a layer, as `kernels.compaction.compact` asks for it. Never waits for the device.
+    """`policy.score` of a layer, as `kernels.compaction.score` gives it. Never waits for the device.
 
     Args:
         queries: [Q, Hq, D] float16 in cache space, the last dimension contiguous; None if the policy needs none.
         key_offset: [H, D] float32, what static centring took from the keys, in cache space; None: nothing.
         scale: softmax scale, positive.
+        previous: [H, T'] float32, scores so far of the first T' slots, where the policy adds them up.
 
     Returns:
         [H, slots.count] float32. A key or query that is not finite makes NaN of all scores that see it.
 
     Raises:
-        ValueError: no kernel scores by the policy, or queries are missing or do not fit.
+        ValueError: no kernel scores by the policy, or queries are missing or do not fit, or previous scores do not.
     """
     scorer = SCORERS.get(type(policy))
     if scorer is None:
         raise ValueError(f"no GPU kernel scores by {type(policy).__name__}, only by {', '.join(map(_name, SCORERS))}")
-    return scorer(policy, slots, queries, key_offset, scale)
+    found = scorer(policy, slots, queries, key_offset, scale)
+    if previous is not None:
+        if previous.shape[0] != found.shape[0] or previous.shape[1] > found.shape[1]:
+            raise ValueError(f"previous scores {list(previous.shape)} do not fit those of {list(found.shape)} slots")
+        found[:, : previous.shape[1]] += previous
+    return found
 
 
 def _name(kind: type[Policy]) -> str:
@@ -154,9 +161,14 @@ def _by_window(
     policy: SnapKV, slots: Slots, queries: torch.Tensor | None, key_offset: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     queries = _checked(queries, slots, f"the last {policy.window} slots")[-policy.window :]
-    if len(queries) > slots.count:
-        raise ValueError(f"{len(queries)} queries of {slots.count} slots")
-    return policy.smooth(_weights(slots, queries, scale, is_causal=True), len(queries))
+    rows = len(queries) * (queries.shape[1] // slots.pages.shape[1])
+    return policy.smooth(_weights(slots, queries, scale, is_causal=True) / rows, len(queries))
+
+
+def _by_sum(
+    policy: H2O, slots: Slots, queries: torch.Tensor | None, key_offset: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    return _weights(slots, _checked(queries, slots, "the block"), scale, is_causal=True)
 
 
 def _by_difference(
@@ -178,6 +190,7 @@ def _by_age(
 SCORERS: dict[type[Policy], Callable[[Any, Slots, torch.Tensor | None, torch.Tensor | None, float], torch.Tensor]] = {
     EpiCache: _by_largest_weight,
     SnapKV: _by_window,
+    H2O: _by_sum,
     KeyDiff: _by_difference,
     Streaming: _by_age,
 }
@@ -196,12 +209,14 @@ def _checked(queries: torch.Tensor | None, slots: Slots, whose: str) -> torch.Te
 
 
 def _weights(slots: Slots, queries: torch.Tensor, scale: float, is_causal: bool) -> torch.Tensor:
-    """[H, T] float32: the largest softmax weight over queries [Q, Hq, D] and the group, or if causal the mean weight.
+    """[H, T] float32: the largest softmax weight over queries [Q, Hq, D] and the group; if causal, the sum of weights.
 
     Causal: the queries are those of the last Q slots, each sees the slots up to its own.
     """
     heads, dim = slots.pages.shape[1], slots.layout.head_dim
     count, query_heads, _ = queries.shape
+    if is_causal and count > slots.count:
+        raise ValueError(f"{count} queries of {slots.count} slots")
     rows, device = count * (query_heads // heads), queries.device
     tile = _tile(dim)
     row_tiles = triton.cdiv(rows, tile["BLOCK"])
@@ -363,7 +378,7 @@ def _weights_kernel(
         else:
             best = tl.maximum(best, tl.max(exponents, axis=1))
             broken += tl.where(rows < num_rows, lse, 0.0) * 0  # a maximum passes over NaN
-    found = total / num_rows if IS_CAUSAL else tl.exp2(best) + tl.sum(broken, axis=0)
+    found = total if IS_CAUSAL else tl.exp2(best) + tl.sum(broken, axis=0)
     tl.store(out_ptr + kv_head.to(tl.int64) * out_stride + first_slot + slots, found, mask=slots < num_keys)
 
 

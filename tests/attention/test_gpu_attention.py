@@ -482,39 +482,43 @@ def test_made_up_steps_of_the_warm_up_run(flash, window_block):
 
 @pytest.mark.parametrize("flash", [False, True], ids=["pages", "flash"])
 def test_evictions_happen_in_cache_space(flash, monkeypatch):
-    """Queries and the static mean are rotated as keys are, scratch serves; what follows has `test_compact.py`."""
+    """Queries and the static mean are rotated as keys are, scratch serves; what follows has `test_score.py`."""
     seen = []
 
-    def compact(*args, **kwargs):
-        seen.append((args, kwargs))
-        return compact_rows(*args, **kwargs)
+    def score(*args):
+        seen.append(args)
+        return score_slots(*args)
 
-    compact_rows = gpu_module.compact
-    monkeypatch.setattr(gpu_module, "compact", compact)
+    score_slots = gpu_module.score
+    monkeypatch.setattr(gpu_module, "score", score)
     step = Step([(300, 1)], name="oscar-int2-static", flash=TorchFlash() if flash else None)
     queries = torch.randn(40, 6, 64).to(step.dtype)
     table = step.table[0].long().to(DEVICE)
-    kept = step.attention.compact(
-        step.pages.clone().to(DEVICE), step.layout, table, 300, num_sources=2, targets=table[:1],
-        policy=POLICIES["epicache"], protected_tokens=3, queries=queries.to(DEVICE), is_first=True,
+    pages = step.pages.clone().to(DEVICE)
+    scores = step.attention.score(
+        pages, step.layout, table, 300, POLICIES["epicache"], queries.to(DEVICE), None
     )  # fmt: skip
-    assert kept.shape == (2, PAGE)
-    ((args, kwargs),) = seen
+    kept = step.attention.compact(
+        pages, step.layout, table, num_sources=2, targets=table[:1], scores=scores,
+        protected=torch.zeros(2 * PAGE, dtype=torch.bool, device=DEVICE), is_first=True,
+    )  # fmt: skip
+    assert scores.shape == (2, 300) and kept.shape == (2, PAGE)
+    ((_, slots, rotated, offset, *_),) = seen
     rotation = step.k_rotation.double()
     # Queries and rotation are rounded to fp16, and their product is.
     wanted = torch.einsum("tgd,gde->tge", queries.double(), rotation.repeat_interleave(3, 0))
-    assert args[8].dtype == torch.float16
+    assert rotated.dtype == torch.float16
     torch.testing.assert_close(
-        args[8].cpu().double(), wanted, rtol=2**-10, atol=2**-10 * float(queries.norm(dim=-1).max())
+        rotated.cpu().double(), wanted, rtol=2**-10, atol=2**-10 * float(queries.norm(dim=-1).max())
     )
     wanted = torch.einsum("hd,hde->he", step.k_mean.double(), rotation)
     torch.testing.assert_close(
-        args[9].cpu().double(), wanted, rtol=0, atol=2**-11 * float(step.k_mean.norm(dim=-1).max())
+        offset.cpu().double(), wanted, rtol=0, atol=2**-11 * float(step.k_mean.norm(dim=-1).max())
     )
-    assert kwargs["workspace"].shape == (2 * PAGE, 2, 64)
+    assert slots.workspace.shape == (2 * PAGE, 2, 64)
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "keydiff"])
+@pytest.mark.parametrize("policy", ["snapkv", "keydiff", "h2o"])
 def test_made_up_evictions_of_the_warm_up_run(policy, monkeypatch):
     monkeypatch.setattr(gpu_warmup, "_QUERIES", 64)
     step = Step([(5, 1)], heads=1, flash=TorchFlash())

@@ -25,7 +25,7 @@ def main() -> None:
     llm = LLM(**{"enforce_eager": True, "disable_log_stats": False, **job["engine"]})
     core = llm.llm_engine.engine_core.engine_core
     on_workers = core.model_executor.collective_rpc
-    report = {"rounds": [], "caches": on_workers(caches)[0]}
+    report = {"rounds": [], "summed": [], "caches": on_workers(caches)[0]}
     managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
     report["managers"] = [type(manager).__name__ for manager in managers]
     pool = core.scheduler.kv_cache_manager.block_pool
@@ -37,7 +37,9 @@ def main() -> None:
         on_workers(poison_evicted_pages)
     on_workers(watch_positions)
     on_workers(watch_survivors)
-    for round_ in job["rounds"]:
+    for number, round_ in enumerate(job["rounds"]):
+        if number:
+            report["summed"].append(on_workers(summed)[0])
         if round_.get("evict_windows"):
             evict_windows(pool)
         peaks.clear()
@@ -66,6 +68,7 @@ def main() -> None:
                 for output in outputs
             ]
         )
+    report["summed"].append(on_workers(summed)[0])
     if core.scheduler.connector is not None:
         core.scheduler.connector.reset_cache()
     report["preemptions"], report["last_position"] = preemptions[0], on_workers(last_position)[0]
@@ -184,6 +187,13 @@ def watch_survivors(wrapper) -> None:
 
 def survivors(wrapper) -> list:
     return wrapper.worker.survivors
+
+
+def summed(wrapper) -> int:
+    """Requests whose scores the worker has; those that end are forgotten in the next step."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+    return len(get_kv_transfer_group()._worker._summed) if has_kv_transfer_group() else 0
 
 
 def poison_evicted_pages(wrapper) -> None:

@@ -80,7 +80,9 @@ class Round:
     salt: str | None = None
 
 
-def run(model, folder, rounds: list[Round], block: int = BLOCK, host_memory: int = 0, **engine) -> dict:
+def run(
+    model, folder, rounds: list[Round], block: int = BLOCK, host_memory: int = 0, survivors=False, **engine
+) -> dict:
     """Outputs and observations of an engine of its own process."""
     arguments = {
         "model": str(model),
@@ -104,6 +106,7 @@ def run(model, folder, rounds: list[Round], block: int = BLOCK, host_memory: int
     job = {
         "engine": arguments | engine,
         "poison": True,
+        "survivors": survivors,
         "rounds": [
             {
                 "prompts": r.prompts,
@@ -172,7 +175,7 @@ def many_rounds(tiny_model, rng, tmp_path_factory):
         "evicts again": Round([shared], [ask("snapkv")], GREEDY),
         "large budget": Round([short], [ask("epicache", 4096, guide)], GREEDY),
         "no budget": Round([short], [None], GREEDY),
-        "aborted": Round([prompt(3000), prompt(3000)], [ask("keydiff"), None], GREEDY, abort_after=4),
+        "aborted": Round([prompt(3000), prompt(3000)], [ask("h2o"), None], GREEDY, abort_after=4),
         # The prompt ends so near the last position that the guide would reach past it.
         "to the end": Round([prompt(MAX_LEN - 10)], [ask("epicache", guide=guide)], GREEDY),
     }
@@ -238,6 +241,7 @@ def test_aborted_while_the_prompt_is_read(many_rounds):
     aborted = rounds["aborted"]
     assert aborted["unfinished"] and aborted["held"] > 20
     assert aborted["free"] == report["free_before"]
+    assert report["summed"][list(rounds).index("to the end")] == 0, "its scores are forgotten"
 
 
 def test_guides_do_not_reach_past_the_last_position(many_rounds):
@@ -249,15 +253,14 @@ def test_preempted_requests_finish_as_if_undisturbed(tiny_model, rng, tmp_path):
     """A pool for two or three of six: prompts are begun anew, in the same blocks, beside others that keep all."""
     prompts = [[rng.randrange(3, VOCABULARY) for _ in range(n)] for n in (2600, 3000, 1100, 2800, 2048, 4000)]
     guide = prompts[0][:50]
-    asks = [ask("keydiff"), ask("snapkv"), None, ask("epicache", guide=guide), ask("streaming"), ask("keydiff", 900)]
+    asks = [ask("h2o"), ask("snapkv"), None, ask("epicache", guide=guide), ask("h2o"), ask("keydiff", 900)]
     alone = [Round([p], [a], GREEDY) for p, a in zip(prompts, asks, strict=True)]
-    together = Round(prompts, asks, GREEDY)
-    report = run(
-        tiny_model, tmp_path, [*alone, together], block=1024, enable_prefix_caching=False, num_gpu_blocks_override=90
-    )
+    rounds = [*alone, Round(prompts, asks, GREEDY), Round([guide], [None], GREEDY)]
+    report = run(tiny_model, tmp_path, rounds, block=1024, enable_prefix_caching=False, num_gpu_blocks_override=90)
     assert report["preemptions"] > 0, "the pool must be too small"
     assert report["free_after"] == report["free_before"]
-    *undisturbed, crowded = report["rounds"]
+    assert max(report["summed"]) > 0 == report["summed"][-1]
+    *undisturbed, crowded, _ = report["rounds"]
     for (expected,), found, asked in zip(undisturbed, crowded, asks, strict=True):
         assert same_until_a_tie(found, expected) < SAME
         if asked is not None:
@@ -396,7 +399,7 @@ def test_questions_that_are_preempted_come_back_to_their_episodes(tiny_model, rn
 
 LAYERS = 5
 TOKENS = 4 * BLOCK + 256
-CASES = [(name, BUDGET) for name in ("epicache", "snapkv", "keydiff", "streaming")] + [("epicache", 2 * BUDGET)]
+CASES = [*((name, BUDGET) for name in POLICIES), ("epicache", 2 * BUDGET)]
 
 
 @pytest.fixture(scope="module")
@@ -445,7 +448,7 @@ def reference_logprobs(
     cache, found = epicache_reference.Cache(), []
     budgets = [budget] * model.config.num_hidden_layers if isinstance(budget, int) else budget
     evicted_to = [0] * len(budgets)
-    queries: epicache_reference.Captured = {}
+    blocks: list[epicache_reference.Captured] = []  # queries since the last eviction
     for begin in range(0, len(ids), BLOCK):
         end = min(((-(-begin // PAGE) - 1) * PAGE + 1 - recent_tokens) // PAGE, -(-begin // PAGE) - 2)
         held = [end if not to else b // PAGE + end - to for b, to in zip(budgets, evicted_to, strict=True)]
@@ -455,20 +458,26 @@ def reference_logprobs(
         if name is not None and due:
             policy = POLICIES[name]
             if policy.queries == "guide":
-                queries = epicache_reference.forward(model, guide, cache.branch())[1]
+                blocks = [epicache_reference.forward(model, guide, cache.branch())[1]]
             for index, layer in cache.layers.items():
+                if index not in due and not policy.accumulates:
+                    continue
+                asked = torch.cat([queries[index] for queries in blocks])
+                scores = policy.score(Layer(layer.key.transpose(0, 1), asked, layer.scale, layer.accumulated))
+                layer.accumulated = scores if policy.accumulates else None
                 if index not in due:
                     continue
                 slots, sources, budget = layer.key.shape[1], held[index] * PAGE, budgets[index]
-                asked = queries[index] if policy.queries == "guide" else queries[index][-64:]
-                scores = policy.score(Layer(layer.key.transpose(0, 1), asked, layer.scale))[:, :sources]
                 recent = max(0, policy.recent(budget) - (slots - sources))
-                kept = select(scores, budget, always_kept(sources, budget, leading=SINKS, recent=recent))
+                protected = always_kept(sources, budget, leading=SINKS, recent=recent)
+                kept = select(scores[:, :sources], budget, protected)
                 layer.keep(torch.cat([kept, torch.arange(sources, slots).expand(len(kept), -1)], dim=1))
                 evicted_to[index] = end
+            blocks = []
         with torch.no_grad():
             hidden, queries = epicache_reference.forward(model, ids[begin : begin + BLOCK], cache)
             following = ids[begin + 1 : begin + BLOCK + 1]
+            blocks.append(queries)
             logprobs = model.lm_head(hidden[: len(following)]).float().log_softmax(-1)
         found.append(logprobs.gather(-1, following.unsqueeze(-1)).squeeze(-1))
     return torch.cat(found)
@@ -539,6 +548,34 @@ def test_sixteen_bit_pages_evict_what_the_reference_evicts(real_weights, tmp_pat
         if name is not None:
             assert outputs[0]["peak_pages"] <= budget // PAGE + BLOCK // PAGE + 2
     assert report["free_after"] == report["free_before"]
+
+
+def test_sums_follow_kept_pages(real_weights, tmp_path):
+    """A text read over the pages kept of its beginning, which were spilled meanwhile: as if read at once.
+
+    Without a recent window, which an episode does not keep, it is the same arithmetic: every layer keeps the same slots
+    at every compaction, which it would not without the sums over what it was not asked to read again.
+    """
+    folder, ids, _ = real_weights
+    beginning, middle, asked = ids[: 3 * BLOCK], ids[: 4 * BLOCK], ask("h2o")
+    crowd = Round([ids[::-1] * 2], [None], GREEDY)
+    rounds = [
+        Round([ids], [asked], GREEDY),
+        Round([beginning], [{**asked, "kvcompress_keep": "beginning"}], BUILD),
+        crowd,
+        Round([middle], [{**asked, "kvcompress_episode": "beginning", "kvcompress_keep": "middle"}], BUILD),
+        crowd,
+        Round([ids], [{**asked, "kvcompress_episode": "middle", "kvcompress_keep": "text"}], GREEDY),
+    ]
+    episodic = {"budget": BUDGET, "block_tokens": BLOCK, "host_memory": "16MiB"}
+    settings = {"kvcompress": {"sink_tokens": SINKS, "recent_tokens": 0, "episodic": episodic}}
+    report = run(folder, tmp_path, rounds, additional_config=settings, num_gpu_blocks_override=60, survivors=True)
+    (at_once,), _, _, (second,), _, (third,) = report["rounds"]
+    assert taken_over(second) == (len(beginning), True) and taken_over(third) == (len(middle), True)
+    assert (third["tokens"], third["logprobs"]) == (at_once["tokens"], at_once["logprobs"])
+    (kept,) = report["survivors"]
+    assert len(kept) == 2 * 4 * LAYERS, "from two blocks on, after each and at the end"
+    assert kept[: len(kept) // 2] == kept[len(kept) // 2 :]
 
 
 # --- budgets by layer ---------------------------------------------------------------------------------------------

@@ -298,7 +298,7 @@ def test_refusals(make_chat, embedder):
     assert len(chat.messages) == 1 and not llm.requests
 
     refused("needs an engine that evicts", EpisodicChat, NotingEngine(budget=None), embedder=embedder)
-    refused("policy='h2o'", EpisodicChat, NotingEngine(policy="h2o"), embedder=embedder)
+    refused("policy='lru'", EpisodicChat, NotingEngine(policy="lru"), embedder=embedder)
     refused("weights of toy are not on this machine", EpisodicChat, NotingEngine())
 
 

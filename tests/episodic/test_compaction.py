@@ -7,7 +7,7 @@ import secrets
 import pytest
 import torch
 
-from vllm_kvcompress.episodic.policies import POLICIES, Layer, Policy
+from vllm_kvcompress.episodic.policies import POLICIES, Layer, Policy, protected_slots
 from vllm_kvcompress.formats import format_names, get_format
 from vllm_kvcompress.formats.base import page_fields, read_pages, write_tokens
 from vllm_kvcompress.kernels import compaction
@@ -72,20 +72,28 @@ class Memory:
             for x in read_pages(self.pages[self.table], self.layout)
         )
 
-    def compact(self, policy: Policy, num_sources: int, budget: int, *, protected: int = 0, **kwargs) -> torch.Tensor:
+    def compact(
+        self,
+        policy: Policy,
+        num_sources: int,
+        budget: int,
+        *,
+        protected: int = 0,
+        queries: torch.Tensor | None = None,
+        key_offset: torch.Tensor | None = None,
+        is_first: bool = True,
+    ) -> torch.Tensor:
         """Also takes the freed pages out of the table."""
-        kwargs = {"queries": None, "key_offset": None, "is_first": True, **kwargs}
+        pages, table = (self.pages, self.layout), torch.tensor(self.table)
+        scores = compaction.score(*pages, table, self.num_slots, policy, queries, key_offset, SCALE)
         kept = compaction.compact(
-            self.pages,
-            self.layout,
-            torch.tensor(self.table),
-            self.num_slots,
+            *pages,
+            table,
             num_sources,
-            torch.tensor(self.table[:budget]),
-            policy,
-            protected,
-            scale=SCALE,
-            **kwargs,
+            table[:budget],
+            scores,
+            protected_slots(policy, self.num_slots, num_sources * PAGE, budget * PAGE, protected, table.device),
+            is_first,
         )
         self.unused += self.table[budget:num_sources]
         del self.table[budget:num_sources]
@@ -165,12 +173,14 @@ def double_scores(name: str, keys: torch.Tensor, queries: torch.Tensor) -> torch
             weights = []
             for number, query in enumerate(queries):
                 scores = keys[head] @ query[head * GROUP : (head + 1) * GROUP].T * SCALE
-                if name == "snapkv":
+                if name in ("snapkv", "h2o"):
                     scores[slots - len(queries) + number + 1 :] = -torch.inf
                 weights.append(scores.softmax(0))
             stacked = torch.stack(weights)
             if name == "epicache":
                 found[head] = stacked.amax((0, 2))
+            elif name == "h2o":
+                found[head] = stacked.sum((0, 2))
             else:
                 mean = stacked.mean((0, 2))
                 cut = slots - len(queries)
@@ -180,7 +190,7 @@ def double_scores(name: str, keys: torch.Tensor, queries: torch.Tensor) -> torch
     return found
 
 
-@pytest.mark.parametrize("policy", ["epicache", "snapkv", "keydiff", "streaming"])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("name", ["oscar-int2-static", "oscar-int2", "turboquant-4", "int2"])
 def test_policies_choose_by_what_reads_back(name, policy, rng):
     """Highest scores of the keys as attention reads them, the statically taken mean added; computed in float64."""
@@ -195,9 +205,9 @@ def test_policies_choose_by_what_reads_back(name, policy, rng):
     slots = memory.num_slots
     kept = memory.compact(POLICIES[policy], sources, budget, protected=protected, queries=queries, key_offset=offset)
     must = set(range(protected))
-    if policy == "snapkv":  # its window is in the pages that are not chosen from, but for what does not fit in there
-        first = min(sources * PAGE, slots - 64)
-        must |= set(range(first, sources * PAGE))
+    recent = {"snapkv": 64, "h2o": budget * PAGE // 2}.get(policy, 0)
+    # These are in the pages that are not chosen from, but for what does not fit in there.
+    must |= set(range(min(sources * PAGE, slots - recent), sources * PAGE))
     for head in range(HEADS):
         chosen = kept[head].tolist()
         assert len(set(chosen)) == budget * PAGE and chosen == sorted(chosen) and must <= set(chosen)
@@ -281,6 +291,6 @@ def test_scores_that_are_not_finite_are_refused_and_nothing_is_written():
     scores[1, 40] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         memory.compact(Given(scores), 6, 2)
-    with pytest.raises(ValueError, match="budget of 32 slots is below the 33"):
+    with pytest.raises(ValueError, match="budget of 32 of 192 slots does not hold the 33"):
         memory.compact(Given(scores.nan_to_num()), 6, 1, protected=33)
     assert torch.equal(pages, memory.pages)

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_kvcompress.episodic import request
 from vllm_kvcompress.episodic.policies import POLICIES
 from vllm_kvcompress.episodic.request import Defaults, Eviction, parse
 from vllm_kvcompress.errors import KVCompressError
@@ -43,7 +42,7 @@ def test_budgets_are_whole_pages_rounded_up(budget, pages):
     assert found.peak_pages(PAGE) == pages + 4 + 2 + 2
 
 
-@pytest.mark.parametrize("policy", request.OFFERED)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_policies(policy):
     arguments = {"kvcompress_budget": 1024, "kvcompress_policy": policy}
     if policy == "epicache":
@@ -51,11 +50,6 @@ def test_policies(policy):
     found = evicts(arguments, DEFAULTS)
     assert found is not None
     assert (found.policy, found.guide) == (policy, (5, 0, 999, 5) if policy == "epicache" else ())
-
-
-def test_all_policies_but_one_are_offered():
-    """H2O needs the attention of every query, which no kernel writes down."""
-    assert set(request.OFFERED) == POLICIES.keys() - {"h2o"}
 
 
 @pytest.mark.parametrize("length", [1, BLOCK])
@@ -122,7 +116,7 @@ GUIDED = {**BUDGET, "kvcompress_policy": "epicache"}
         ),
         *(
             ({**BUDGET, "kvcompress_policy": value}, f"kvcompress_policy={value!r} must be one of epicache, snapkv, ")
-            for value in ("h2o", "H2O", "", None, 3)
+            for value in ("H2O", "", None, 3, {})
         ),
         *(
             ({**BUDGET, argument: value}, rf"{argument}=.* must be a name of 1 to 256 characters")

@@ -214,7 +214,7 @@ def test_engines_share_whole_histories(jobs, expected):
         (["--budgets", "0.5,0.5"], "--budgets names one more than once"),
         (["--budgets", "1"], "--budgets: 1.0 must be a share of the history above 0 and below 1"),
         (["--budgets", "0.01"], "is 128 tokens, below the least, 256; raise it or --max-history"),
-        (["--policies", "h2o"], "--policies: 'h2o' must be one of epicache,"),
+        (["--policies", "h2o,lru"], "--policies: 'lru' must be one of epicache,"),
         (["--block-tokens", "100"], "--block-tokens must be a multiple of 128, got 100"),
         (["--questions", "0"], "--questions must be at least 1, got 0"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),

@@ -7,36 +7,16 @@ import pytest
 import torch
 
 from vllm_kvcompress.episodic import policies
-from vllm_kvcompress.episodic.policies import POLICIES, Layer, Policy
+from vllm_kvcompress.episodic.policies import POLICIES, Layer
 from vllm_kvcompress.formats import format_names, get_format
 from vllm_kvcompress.formats.base import SUPPORTED_HEAD_DIMS, page_fields, read_pages, sketch_matrix, write_tokens
 from vllm_kvcompress.kernels import compaction
 from vllm_kvcompress.quantizers import packing
 from vllm_kvcompress.triton_kernels import compact as compact_module
-from vllm_kvcompress.triton_kernels import score as score_module
 from vllm_kvcompress.triton_kernels.compact import compact, select
+from vllm_kvcompress.triton_kernels.score import Slots, score
 
 PAGE = 128
-
-
-class Given(Policy):
-    """Scores that a test has made up, [H, T], for the oracle and, registered by `given`, for the kernels."""
-
-    queries = "none"
-
-    def __init__(self, scores):
-        self.scores = scores
-
-    def score(self, layer):
-        return self.scores
-
-
-@pytest.fixture
-def given(monkeypatch):
-    def by_hand(policy, slots, queries, key_offset, scale):
-        return policy.scores.to(slots.pages.device)
-
-    monkeypatch.setitem(score_module.SCORERS, Given, by_hand)
 
 
 class Memory:
@@ -58,18 +38,25 @@ class Memory:
         write_tokens(self.pages, layout, self.table[at // PAGE] * PAGE + at % PAGE, keys, values, 0.9, 0.9)
         self.sketch = None if layout.keys.signs is None else sketch_matrix(dim).half().contiguous()
 
-    def compact(self, device, num_sources, targets, policy, *, protected=0, queries=None, offset=None, is_first=True):
-        """What the kernels and the oracle keep, and the pages that they leave."""
-        common = self.layout, self.table, self.count, num_sources, targets, policy, protected, queries, offset
-        scale = self.dim**-0.5
+    def score(self, device, policy, queries, offset):
+        """[H, T], by the kernels."""
+        there = [None if x is None else x.to(device) for x in (self.pages, self.table, queries, offset)]
+        workspace = torch.full((2 * PAGE, self.heads, self.dim), torch.nan).half().to(device)
+        slots = Slots(there[0], self.layout, there[1], self.count, workspace, None)
+        return score(policy, slots, there[2], there[3], self.dim**-0.5).cpu()
+
+    def compact(self, device, num_sources, targets, scores, protected=0, *, is_first=True):
+        """What kernels and oracle keep, and the pages that they leave. protected: of slots, or the first so many."""
+        if isinstance(protected, int):
+            protected = torch.arange(num_sources * PAGE) < protected
+        common = self.layout, self.table, num_sources, targets, scores, protected, is_first
         expected = self.pages.clone()
         there = [x.to(device) if isinstance(x, torch.Tensor) else x for x in common]
         pages = torch.empty_strided(self.pages.shape, self.pages.stride(), dtype=torch.uint8, device=device)
         pages.copy_(self.pages)
-        workspace = torch.full((2 * PAGE, self.heads, self.dim), torch.nan).half().to(device)
         sketch = None if self.sketch is None else self.sketch.to(device)
-        kept = compact(pages, *there, scale, is_first, workspace=workspace, sketch=sketch)
-        reference = compaction.compact(expected, *common, scale, is_first)
+        kept = compact(pages, *there, sketch=sketch)
+        reference = compaction.compact(expected, *common)
         return SimpleNamespace(kept=kept.cpu(), pages=pages.cpu(), oracle_kept=reference, oracle_pages=expected)
 
 
@@ -152,28 +139,28 @@ def check_requantised(memory, result, targets, where):
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["first", "later"])
 @pytest.mark.parametrize("name", format_names())
-def test_survivors(name, is_first, device, given):
+def test_survivors(name, is_first, device):
     """Bytes of what stays as it is, the rest written anew around a common mean; into pages of the table or others."""
     memory = Memory(name, 2 * PAGE + 45, heads=1 if is_first else 2)
     targets = memory.unused[:1] if is_first else memory.table[:1]
-    policy = Given(torch.rand(memory.heads, memory.count))
-    result = memory.compact(device, 2, targets, policy, protected=5, is_first=is_first)
+    scores = torch.rand(memory.heads, memory.count)
+    result = memory.compact(device, 2, targets, scores, 5, is_first=is_first)
     assert torch.equal(result.kept, result.oracle_kept)
     check(memory, result, targets, 2, is_first)
 
 
-def test_targets_among_the_sources(device, given):
+def test_targets_among_the_sources(device):
     """Two of the three pages that survivors come from: the first written holds what the second has yet to give."""
     memory = Memory("int2", 3 * PAGE)
     scores = torch.rand(2, memory.count) + torch.arange(memory.count) // PAGE  # all of the last page
     targets = memory.table[:2]
-    check(memory, memory.compact(device, 3, targets, Given(scores)), targets, 3, True)
+    check(memory, memory.compact(device, 3, targets, scores), targets, 3, True)
 
 
 @pytest.mark.parametrize("name,dim", [("oscar-int2", 96), ("turboquant-2.5", 256), ("oscar-int2-qjl", 128)])
-def test_requantised_at_other_head_sizes(name, dim, device, given):
+def test_requantised_at_other_head_sizes(name, dim, device):
     memory = Memory(name, 2 * PAGE, dim=dim, heads=1)
-    result = memory.compact(device, 2, memory.table[:1], Given(torch.rand(1, memory.count)))
+    result = memory.compact(device, 2, memory.table[:1], torch.rand(1, memory.count))
     check(memory, result, memory.table[:1], 2, True)
 
 
@@ -197,23 +184,22 @@ def test_bytes_of_every_layout(name, dim, device):
     assert (there[2][0] == 7).all()
 
 
-@pytest.mark.parametrize("policy", ["epicache", "snapkv", "keydiff", "streaming"])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_policies_choose_the_best(policy, device):
     """By float64 scores of the keys as the pages have them, up to rounding; a window that begins among the sources."""
     name = "oscar-int2-static" if policy == "keydiff" else "int2"
     memory = Memory(name, 3 * PAGE + 20)
     offset = torch.randn(2, memory.dim) if policy == "keydiff" else None
     queries = torch.randn(64, 6, memory.dim).half()
-    protected, sources = 9, 3 * PAGE
-    result = memory.compact(
-        device, 3, memory.table[:1], POLICIES[policy], protected=protected, queries=queries, offset=offset
-    )
+    sources = 3 * PAGE
+    must = policies.protected_slots(POLICIES[policy], memory.count, sources, PAGE, 9, "cpu")
+    assert int(must.sum()) == 9 + {"snapkv": 44, "h2o": 44}.get(policy, 0)
+    found = memory.score(device, POLICIES[policy], queries, offset)
+    result = memory.compact(device, 3, memory.table[:1], found, must)
     check(memory, result, memory.table[:1], 3, True)
     keys = read_pages(memory.pages[memory.table], memory.layout)[0].transpose(1, 2).flatten(0, 1)[: memory.count]
     layer = Layer(keys.double() if offset is None else keys.double() + offset, queries.double(), 0.125)
     scores = POLICIES[policy].score(layer)[:, :sources]
-    must = policies.always_kept(sources, PAGE, leading=protected, recent=max(0, POLICIES[policy].recent(PAGE) - 20))
-    assert int(must.sum()) == (9 + 44 if policy == "snapkv" else 9)
     chosen = torch.zeros(scores.shape, dtype=torch.bool).scatter(1, result.kept, True)
     assert (chosen.sum(1) == PAGE).all() and chosen[:, must].all()
     lowest = scores.masked_fill(~chosen | must, torch.inf).amin(1)
@@ -247,13 +233,8 @@ def test_selection_of_what_is_not_a_number(device):
         assert select(scores.to(device), budget, protected.to(device)).tolist() == [expected]
 
 
-def test_refusals(device, given):
+def test_refusals(device):
     memory = Memory("int2", 2 * PAGE)
-    policy = Given(torch.rand(2, memory.count))
-    with pytest.raises(ValueError, match="budget of 128 of 256 slots does not hold the 129"):
-        memory.compact(device, 2, memory.table[:1], policy, protected=129)
-    with pytest.raises(ValueError, match="budget of 256 of 128 slots"):
-        memory.compact(device, 1, memory.table, policy)
     memory.sketch = torch.zeros(64, 64).half()
     with pytest.raises(ValueError, match="sketch"):
-        memory.compact(device, 2, memory.table[:1], policy)
+        memory.compact(device, 2, memory.table[:1], torch.rand(2, memory.count))

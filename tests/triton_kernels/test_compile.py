@@ -113,24 +113,18 @@ def compact(name, dim, policy, group=GROUP, budget=1, offset=False):
     from vllm_kvcompress.episodic.policies import POLICIES
     from vllm_kvcompress.formats import get_format
     from vllm_kvcompress.triton_kernels.compact import compact
+    from vllm_kvcompress.triton_kernels.score import Slots, score
 
     layout = get_format(name).layout(dim, 128)
-    compact(
-        torch.zeros(2, HEADS, layout.head_bytes, dtype=torch.uint8),
-        layout,
-        torch.ones(budget + 1, dtype=torch.int64),
-        budget * 128 + 100,
-        budget,
-        torch.ones(budget, dtype=torch.int64),
-        POLICIES[policy],
-        0,
-        torch.empty(64, HEADS * group, dim, dtype=torch.float16),
-        torch.empty(HEADS, dim) if offset else None,
-        0.1,
-        True,
-        workspace=torch.empty(1024, HEADS, dim, dtype=torch.float16),
-        sketch=torch.empty(dim, dim, dtype=torch.float16) if layout.keys.signs is not None else None,
-    )
+    pages = torch.zeros(2, HEADS, layout.head_bytes, dtype=torch.uint8)
+    table = torch.ones(budget + 1, dtype=torch.int64)
+    workspace = torch.empty(1024, HEADS, dim, dtype=torch.float16)
+    sketch = torch.empty(dim, dim, dtype=torch.float16) if layout.keys.signs is not None else None
+    queries = torch.empty(64, HEADS * group, dim, dtype=torch.float16)
+    slots = Slots(pages, layout, table, budget * 128 + 100, workspace, sketch)
+    scores = score(POLICIES[policy], slots, queries, torch.empty(HEADS, dim) if offset else None, 0.1)
+    protected = torch.zeros(budget * 128, dtype=torch.bool)
+    compact(pages, layout, table, budget, table[:budget], scores, protected, True, sketch=sketch)
 
 
 def merge(dim, dtype, rotated=True):
@@ -185,6 +179,7 @@ ROWS = {
         lambda: compact("oscar-int2-static", 256, "keydiff", offset=True),
         lambda: compact("turboquant-2.5-qjl", 64, "epicache", group=16),
         lambda: compact("oscar-int2-qjl", 256, "epicache", budget=3),
+        lambda: compact("turboquant-4", 256, "h2o", group=4, budget=3),
     ],
     "merge": [
         lambda: merge(96, torch.float16, rotated=False),

@@ -4,8 +4,7 @@
 import pytest
 import torch
 
-from vllm_kvcompress.episodic.policies import H2O, POLICIES, EpiCache, KeyDiff, Layer, SnapKV
-from vllm_kvcompress.episodic.request import OFFERED
+from vllm_kvcompress.episodic.policies import POLICIES, EpiCache, KeyDiff, Layer, SnapKV
 from vllm_kvcompress.formats import get_format
 from vllm_kvcompress.formats.base import page_fields, read_pages, sketch_matrix, write_tokens
 from vllm_kvcompress.triton_kernels import score as score_module
@@ -55,7 +54,7 @@ class Case:
         torch.testing.assert_close(keys.float(), exact, rtol=2**-11 + 2**-20, atol=4e-3)  # as in test_gather.py
         return keys
 
-    def score(self, policy):
+    def score(self, policy, previous=None):
         there = self.there
         slots = Slots(
             there(self.pages),
@@ -65,14 +64,14 @@ class Case:
             torch.full((self.held, self.heads, self.dim), torch.nan).half().to(self.device),
             there(self.sketch),
         )
-        return score(policy, slots, there(self.queries), there(self.offset), self.scale).cpu()
+        return score(policy, slots, there(self.queries), there(self.offset), self.scale, there(previous)).cpu()
 
-    def check(self, policy):
+    def check(self, policy, previous=None):
         keys = self.dense().double()
-        found = self.score(policy)
+        found = self.score(policy, previous)
         if self.offset is not None:
             keys = keys + self.offset
-        expected = policy.score(Layer(keys, self.queries.double(), self.scale))
+        expected = policy.score(Layer(keys, self.queries.double(), self.scale, previous))
         assert found.shape == (self.heads, self.count) and found.dtype == torch.float32
         if isinstance(policy, KeyDiff):
             # float32 sums of D squares and products, and a mean of T unit vectors.
@@ -86,7 +85,7 @@ class Case:
         torch.testing.assert_close(found, expected, rtol=relative, atol=1e-9)
 
 
-@pytest.mark.parametrize("policy", ["epicache", "snapkv"])
+@pytest.mark.parametrize("policy", ["epicache", "snapkv", "h2o"])
 @pytest.mark.parametrize("group,queries", [(1, 200), (3, 70), (6, 1), (7, 40), (16, 9)])
 def test_groups(device, policy, group, queries, monkeypatch):
     """Rows that do not fill their tiles, shares of the slots, and a workspace that holds them in three parts."""
@@ -94,14 +93,14 @@ def test_groups(device, policy, group, queries, monkeypatch):
     Case(device, 2 * PAGE + 83, heads=2, group=group, queries=queries, held=PAGE).check(POLICIES[policy])
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"h2o"}))
+@pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("name", ["oscar-int2-static", "turboquant-2.5-qjl"])
 def test_formats(device, policy, name):
-    """The engine's policies; static centring, which two of them do not see; codes of every kind."""
+    """Static centring, which a softmax does not see; codes of every kind."""
     Case(device, PAGE + 31, name, heads=1).check(POLICIES[policy])
 
 
-@pytest.mark.parametrize("policy", ["epicache", "keydiff"])
+@pytest.mark.parametrize("policy", ["epicache", "keydiff", "h2o"])
 @pytest.mark.parametrize("dim", [96, 128, 256])
 def test_head_sizes(device, policy, dim):
     Case(device, PAGE + 9, "int2", dim=dim, group=2, queries=50, held=PAGE + 5).check(POLICIES[policy])
@@ -112,13 +111,21 @@ def test_few_slots(device, count):
     """Fewer than a tile; a window that is all there is."""
     Case(device, count, "int2", heads=1, queries=min(count, 64)).check(POLICIES["snapkv"])
     Case(device, count, "int2", heads=1).check(POLICIES["epicache"])
+    Case(device, count, "int2", heads=1, queries=count).check(POLICIES["h2o"])
 
 
-def test_every_policy_of_the_engine_has_a_kernel():
-    assert {type(POLICIES[name]) for name in OFFERED} == set(SCORERS)
+@pytest.mark.parametrize("queries", [1, 83, 2 * PAGE + 83])
+def test_scores_add_up(device, queries):
+    """To those of a block before, for the slots that it left; all of a first block sees itself alone."""
+    case = Case(device, 2 * PAGE + 83, queries=queries, held=PAGE)
+    case.check(POLICIES["h2o"], torch.rand(2, case.count - queries) * 5)
 
 
-@pytest.mark.parametrize("policy", ["epicache", "snapkv", "keydiff"])
+def test_every_policy_has_a_kernel():
+    assert {type(policy) for policy in POLICIES.values()} == set(SCORERS)
+
+
+@pytest.mark.parametrize("policy", ["epicache", "snapkv", "keydiff", "h2o"])
 def test_broken_keys_are_not_hidden(device, policy):
     """A key that is not finite makes NaN of its head's scores, where a softmax or mean sees it, and of no other's."""
     case = Case(device, PAGE + 40, "int2", queries=64)
@@ -136,10 +143,18 @@ def test_broken_queries_are_not_hidden(device):
 
 def test_refusals(device):
     case = Case(device, PAGE, "int2")
-    with pytest.raises(ValueError, match="no GPU kernel scores by H2O"):
-        case.score(H2O())
-    with pytest.raises(ValueError, match="70 queries of 60 slots"):
-        Case(device, 60, "int2").score(SnapKV(window=80))
+
+    class Unknown(EpiCache):
+        pass
+
+    with pytest.raises(ValueError, match="no GPU kernel scores by Unknown"):
+        case.score(Unknown())
+    for policy in (SnapKV(window=80), POLICIES["h2o"]):
+        with pytest.raises(ValueError, match="70 queries of 60 slots"):
+            Case(device, 60, "int2").score(policy)
+    for shape in ((2, PAGE + 1), (1, 5)):
+        with pytest.raises(ValueError, match="previous scores"):
+            case.score(POLICIES["h2o"], torch.zeros(shape))
     case.held = PAGE - 1
     with pytest.raises(ValueError, match="does not hold a page"):
         case.score(EpiCache())

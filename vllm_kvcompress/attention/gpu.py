@@ -25,6 +25,7 @@ from vllm_kvcompress.triton_kernels.compact import compact
 from vllm_kvcompress.triton_kernels.gather import gather_history
 from vllm_kvcompress.triton_kernels.merge import merge_states
 from vllm_kvcompress.triton_kernels.rotate import rotate
+from vllm_kvcompress.triton_kernels.score import Slots, score
 from vllm_kvcompress.triton_kernels.store import store
 
 _OWN_SCRATCH = Workspace()
@@ -224,21 +225,17 @@ class GpuAttention:
                 groups = metadata.history(self._history_tokens(layout.page_tokens))
                 self._attend_chunks(self.flash, q, k, v, cache, part, groups, windows, o, scratch)
 
-    def compact(
+    def score(
         self,
         pages: torch.Tensor,
         layout: PageLayout,
         table: torch.Tensor,
         num_slots: int,
-        *,
-        num_sources: int,
-        targets: torch.Tensor,
         policy: Policy,
-        protected_tokens: int,
         queries: torch.Tensor | None,
-        is_first: bool,
+        previous: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Evict from one request's pages, in place: `triton_kernels.compact.compact`, which also says what it returns.
+        """[H, num_slots] float32: `kernels.compaction.score`.
 
         Args:
             queries: [Q, Hq, D] in the model's dtype, the last dimension contiguous, or None.
@@ -254,21 +251,24 @@ class GpuAttention:
         if workspace is None:  # FlashAttention does not serve
             shape = (self._history_tokens(layout.page_tokens), self.num_kv_heads, self.head_dim)
             workspace = _OWN_SCRATCH.get("scored_keys", shape, torch.float16, self.device)
+        slots = Slots(pages, layout, table, num_slots, workspace, self.constants.sketch)
+        return score(policy, slots, rotated, offset, self.scale, previous)
+
+    def compact(
+        self,
+        pages: torch.Tensor,
+        layout: PageLayout,
+        table: torch.Tensor,
+        *,
+        num_sources: int,
+        targets: torch.Tensor,
+        scores: torch.Tensor,
+        protected: torch.Tensor,
+        is_first: bool,
+    ) -> torch.Tensor:
+        """Evict from one request's pages, in place: `triton_kernels.compact.compact`, whose result this is."""
         return compact(
-            pages,
-            layout,
-            table,
-            num_slots,
-            num_sources,
-            targets,
-            policy,
-            protected_tokens,
-            rotated,
-            offset,
-            self.scale,
-            is_first,
-            workspace=workspace,
-            sketch=self.constants.sketch,
+            pages, layout, table, num_sources, targets, scores, protected, is_first, sketch=self.constants.sketch
         )
 
     def _store(

@@ -20,16 +20,15 @@ import torch
 from vllm_kvcompress.attention.gpu import GpuAttention
 from vllm_kvcompress.attention.gpu_metadata import make_metadata
 from vllm_kvcompress.attention.window_layer import WindowMetadata
-from vllm_kvcompress.episodic.policies import POLICIES, Policy
-from vllm_kvcompress.episodic.request import OFFERED
+from vllm_kvcompress.episodic.policies import POLICIES, Policy, protected_slots
 from vllm_kvcompress.formats.base import PageLayout
 
 logger = logging.getLogger("vllm.kvcompress")
 
 # Tokens of made-up steps: some between any two sizes at which a kernel changes its tiles.
 _SIZES = (2, 12, 48, 200, 1000, 4000)
-# Guide queries of made-up evictions, and the tokens of budgets around which the store kernel changes its tiles.
-_QUERIES = 512
+# Queries of made-up evictions, and the tokens of budgets around which the store kernel changes its tiles.
+_QUERIES = 256
 _BUDGETS = (128, 2048, 2049)
 # Lengths that decodes are said to have: they decide into how many shares Triton cuts a request.
 _LENGTHS = tuple(256 << shift for shift in range(8))
@@ -67,8 +66,8 @@ def warm_up_eviction(attention: GpuAttention, layout: PageLayout) -> None:
     _done.add(kind)
     started = time.perf_counter()
     smallest, *others = sorted({-(-tokens // layout.page_tokens) for tokens in _BUDGETS})
-    for name in OFFERED:
-        run_eviction(attention, layout, POLICIES[name], smallest)
+    for policy in POLICIES.values():
+        run_eviction(attention, layout, policy, smallest)
     for budget in others:  # only what is written depends on it
         run_eviction(attention, layout, POLICIES["streaming"], budget)
     torch.cuda.synchronize(attention.device)
@@ -82,16 +81,16 @@ def run_eviction(attention: GpuAttention, layout: PageLayout, policy: Policy, bu
     table = torch.ones(budget_pages + 2, dtype=torch.int64, device=device)
     shape = (_QUERIES, attention.num_heads, attention.head_dim)
     queries = None if policy.queries == "none" else torch.zeros(shape, dtype=attention.dtype, device=device)
+    count = len(table) * layout.page_tokens - 1
+    sources, budget = (number * layout.page_tokens for number in (budget_pages + 1, budget_pages))
     return attention.compact(
         pages,
         layout,
         table,
-        len(table) * layout.page_tokens - 1,
         num_sources=budget_pages + 1,
         targets=table[:budget_pages],
-        policy=policy,
-        protected_tokens=0,
-        queries=queries,
+        scores=attention.score(pages, layout, table, count, policy, queries, None),
+        protected=protected_slots(policy, count, sources, budget, 0, device),
         is_first=True,
     )
 

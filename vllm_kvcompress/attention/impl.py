@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -314,8 +314,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             found = context[self._window_name]
             assert isinstance(found, WindowMetadata)
             windows, window_cache = found, self._window.kv_cache
-        layout = self._resolved.page_format.layout(self.head_size, kv_cache.shape[2])
-        pages = kv_cache.view(torch.uint8).flatten(2)
+        pages, layout = self._pages(kv_cache)
         if isinstance(attn_metadata, GpuMetadata):
             assert self._gpu is not None
             if self._chooses_outliers and attn_metadata.prefills is not None:
@@ -342,41 +341,24 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         )
         return output
 
-    def compact(
+    def score(
         self,
         kv_cache: torch.Tensor,
         table: torch.Tensor,
         num_slots: int,
-        *,
-        num_sources: int,
-        targets: torch.Tensor,
         policy: Policy,
-        protected_tokens: int,
         queries: torch.Tensor | None,
-        is_first: bool,
-    ) -> None:
-        """Evict from one request's pages, in place (`compaction.compact`).
+        previous: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[H, num_slots] float32: a request's slots by a policy (`compaction.score`).
 
         Args:
             kv_cache: as for `forward`.
             queries: [Q, Hq, D] in the model's dtype, or None.
         """
-        layout = self._resolved.page_format.layout(self.head_size, kv_cache.shape[2])
-        pages = kv_cache.view(torch.uint8).flatten(2)
+        pages, layout = self._pages(kv_cache)
         if self._gpu is not None:
-            self._gpu.compact(
-                pages,
-                layout,
-                table,
-                num_slots,
-                num_sources=num_sources,
-                targets=targets,
-                policy=policy,
-                protected_tokens=protected_tokens,
-                queries=queries,
-                is_first=is_first,
-            )
-            return
+            return self._gpu.score(pages, layout, table, num_slots, policy, queries, previous)
         offset = self._k_mean
         if self._k_rotation is not None:
             if offset is not None:
@@ -384,20 +366,19 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             if queries is not None:
                 grouped = queries.float().unflatten(1, (self.num_kv_heads, -1))
                 queries = torch.einsum("thgd,hde->thge", grouped, self._k_rotation).flatten(1, 2)
-        compaction.compact(
-            pages,
-            layout,
-            table,
-            num_slots,
-            num_sources,
-            targets,
-            policy,
-            protected_tokens,
-            queries,
-            offset,
-            self.scale,
-            is_first,
-        )
+        return compaction.score(pages, layout, table, num_slots, policy, queries, offset, self.scale, previous)
+
+    def compact(self, kv_cache: torch.Tensor, table: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """Evict from one request's pages, in place: `compaction.compact`, whose arguments and result these are."""
+        pages, layout = self._pages(kv_cache)
+        if self._gpu is not None:
+            return self._gpu.compact(pages, layout, table, **arguments)
+        return compaction.compact(pages, layout, table, **arguments)
+
+    def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, PageLayout]:
+        """[num_pages, H, head_bytes] uint8, and what is where in them."""
+        layout = self._resolved.page_format.layout(self.head_size, kv_cache.shape[2])
+        return kv_cache.view(torch.uint8).flatten(2), layout
 
     def _prepare_gpu(self, gpu: GpuAttention) -> None:
         """In vLLM's profiling run: claim the scratch memory while it is counted, compile every kernel once."""

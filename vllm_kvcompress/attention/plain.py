@@ -19,9 +19,8 @@ from vllm_kvcompress import compat
 from vllm_kvcompress.attention.gaps import ClosesGaps
 from vllm_kvcompress.attention.pages import PageSpec
 from vllm_kvcompress.checks import evicts
-from vllm_kvcompress.episodic.policies import Policy
+from vllm_kvcompress.episodic.policies import Layer, Policy, select
 from vllm_kvcompress.errors import UnsupportedModelError
-from vllm_kvcompress.kernels.compaction import choose
 
 
 def evicting_backend(path: str) -> str:
@@ -74,30 +73,35 @@ def _evicting(base: Any, name: str) -> type:
     return Backend
 
 
-def compact(
+def score(
     layer: Any,
     table: torch.Tensor,
     num_slots: int,
+    policy: Policy,
+    queries: torch.Tensor | None,
+    previous: torch.Tensor | None,
+) -> torch.Tensor:
+    """As `compaction.score`, of the cache of a layer with one of vLLM's own backends."""
+    cache = compat.plain_pages(layer)[0]
+    keys = cache[table[: -(-num_slots // cache.shape[2])]].transpose(1, 2).flatten(0, 1)[:num_slots]
+    return policy.score(Layer(keys.float(), queries, layer.impl.scale, previous))
+
+
+def compact(
+    layer: Any,
+    table: torch.Tensor,
     *,
     num_sources: int,
     targets: torch.Tensor,
-    policy: Policy,
-    protected_tokens: int,
-    queries: torch.Tensor | None,
-) -> None:
-    """As `compaction.compact`, of the cache of a layer with one of vLLM's own backends. Waits for the device."""
+    scores: torch.Tensor,
+    protected: torch.Tensor,
+) -> torch.Tensor:
+    """As `compaction.compact`. Waits for the device."""
     caches = compat.plain_pages(layer)
     page_tokens = caches[0].shape[2]
-    keys, values = (cache[table].transpose(1, 2).flatten(0, 1)[:num_slots] for cache in caches)
-    kept = choose(
-        keys.float(),
-        num_sources * page_tokens,
-        len(targets) * page_tokens,
-        policy,
-        protected_tokens,
-        queries,
-        layer.impl.scale,
-    )
-    index = kept.T.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
-    for cache, rows in zip(caches, (keys, values), strict=True):
+    kept = select(scores[:, : len(protected)], len(targets) * page_tokens, protected)
+    for cache in caches:
+        rows = cache[table[:num_sources]].transpose(1, 2).flatten(0, 1)
+        index = kept.T.unsqueeze(-1).expand(-1, -1, rows.shape[-1])
         cache[targets] = rows.gather(0, index).unflatten(0, (len(targets), page_tokens)).transpose(1, 2)
+    return kept

@@ -70,6 +70,10 @@ class Order:
     """of the first of them"""
     scratch: list[int]
     """ids of pages for the keys and values of a guide where attention reads those from pages alone; else empty"""
+    request_id: str
+    carried: str
+    """The request whose scores, where the policy adds them up, are those of the tokens before `position`: this one, or
+    that which kept the pages"""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ class EvictionMetadata(KVConnectorMetadata):
     loads: list[Copy]
     """To pages that a compaction of this step may have freed"""
     ranges: list[NullRange]
+    forgotten: list[str]
+    """Requests whose scores nobody goes on from"""
 
 
 class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
@@ -115,6 +121,10 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         self._requests: dict[str, tuple[Request, Wanted]] = {}
         self._reused: dict[str, tuple[int, bool]] = {}
         """Tokens that a request took over from a stored episode, and whether that was in host memory"""
+        self._summed: dict[str, tuple[str, int]] = {}
+        """As `Kept.summed`, of requests that began with an episode or were compacted; nothing: all is yet to be read"""
+        self._scorers: set[str] = set()
+        """Requests whose scores workers may have"""
         self._host_slots = count_slots(vllm_config, kv_cache_config)
         self._store: EpisodeStore | None = None
         self._worker: Any = None
@@ -160,10 +170,20 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
             found for group, manager in self._page_managers() for request_id in scheduler_output.num_scheduled_tokens
             if request_id in self._requests and (found := self._null_range(group, manager, request_id)) is not None
         ]  # fmt: skip
-        if stores or orders or loads or ranges:
+        forgotten = self._forget()
+        if stores or orders or loads or ranges or forgotten:
             # Before the forward pass, not after it.
             scheduler_output.has_sync_kv_loads = True
-        return EvictionMetadata(stores, orders, loads, ranges)
+        return EvictionMetadata(stores, orders, loads, ranges, forgotten)
+
+    def _forget(self) -> list[str]:
+        """Requests whose scores neither a request nor a kept episode goes on from any more."""
+        if not self._scorers:
+            return []
+        assert self._store is not None
+        gone = self._scorers - {scorer for scorer, _ in self._summed.values()} - self._store.scorers()
+        self._scorers -= gone
+        return sorted(gone)
 
     def _order(self, request_id: str, compactions: list[tuple[int, Compaction]]) -> Order:
         request, wanted = self._requests[request_id]
@@ -182,7 +202,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         num_tokens = request.num_computed_tokens  # vLLM adds the step's own later
         policy = POLICIES[eviction.policy]
         queries: list[int] = []
-        position = num_tokens
+        position, carried = num_tokens, request_id
         if policy.queries == "guide":
             queries = list(eviction.guide)
         elif isinstance(policy, SnapKV):
@@ -190,8 +210,16 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
             num_tokens = min(num_tokens, len(request.all_token_ids))
             position = max(0, num_tokens - policy.window)
             queries = list(request.all_token_ids[position:num_tokens])
+        elif policy.accumulates:
+            # In whole pages, as they are kept: whoever goes on from there counts every query once.
+            page = self._defaults.page_tokens
+            num_tokens = min(num_tokens, len(request.all_token_ids)) // page * page
+            carried, position = self._summed.get(request_id, (request_id, 0))
+            queries = list(request.all_token_ids[position:num_tokens])
+            self._summed[request_id] = request_id, num_tokens
+            self._scorers.add(request_id)
         scratch = [block.block_id for block in self._scratch] if policy.queries == "guide" else []
-        return Order(parts, tables, nulls, num_tokens, eviction, queries, position, scratch)
+        return Order(parts, tables, nulls, num_tokens, eviction, queries, position, scratch, request_id, carried)
 
     def _null_range(self, group: int, manager: PageManager, request_id: str) -> NullRange | None:
         begin, end = manager.evicted(request_id)
@@ -206,6 +234,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         _, wanted = self._requests.get(request.request_id, (None, None))
         if wanted is None:
             return 0, False
+        self._summed.pop(request.request_id, None)  # of a request that was preempted
         if not self._has_scratch(wanted):
             request.skip_reading_prefix_cache = False  # or vLLM would take this for no tokens
             return None, False  # at another step
@@ -223,6 +252,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
             else:
                 assert isinstance(manager, AdoptsBlocks)
                 manager.offer(request.request_id, table)
+        self._summed[request.request_id] = entry.summed
         # vLLM reads no prefix cache for it, and has not; nor would it take these (`_settle` sets it again).
         request.skip_reading_prefix_cache = False
         return entry.num_tokens, False
@@ -272,6 +302,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         report = {"reused_tokens": reused, "restored": restored, "pages": self._pages(request.request_id)}
         if wanted.keep is not None and request.status in _COMPLETE:
             report["kept_tokens"] = self._keep(request, wanted)
+        self._summed.pop(request.request_id, None)
         for _, manager in self._page_managers():
             manager.end_eviction(request.request_id)
         return False, {"kvcompress": report}
@@ -302,7 +333,11 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
                 table = table[:sinks] + [manager.block_pool.null_block] * (len(table) - sinks)
             tables[group] = table
         prompt = request.all_token_ids[:num_tokens]
-        self._store.keep(wanted.keep, Kept(digest(prompt, request.cache_salt), num_tokens, wanted.eviction, tables))
+        scorer, summed = self._summed.get(request.request_id, (request.request_id, 0))
+        kept = Kept(
+            digest(prompt, request.cache_salt), num_tokens, wanted.eviction, tables, (scorer, min(summed, num_tokens))
+        )
+        self._store.keep(wanted.keep, kept)
         return num_tokens
 
     def reset_cache(self) -> bool | None:
@@ -332,6 +367,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.host.store(copy)
         for order in metadata.orders:
             self._worker.compact(order)
+        self._worker.forget(metadata.forgotten)  # what an order of this step may still have gone on from
         for copy in metadata.loads:
             self._worker.host.load(copy)
         if metadata.ranges:

@@ -231,7 +231,13 @@ def always_kept(
 def protected_slots(
     policy: Policy, num_slots: int, sources: int, budget: int, leading: int, device: torch.device
 ) -> torch.Tensor:
-    """[sources] bool: what a policy keeps of the first `sources` of `num_slots` slots; the rest stays, being latest."""
+    """[sources] bool: what a policy keeps of the first `sources` of `num_slots` slots; the rest stays, being latest.
+
+    Raises:
+        ValueError: a budget that is no part of the sources, or does not hold the `leading` slots.
+    """
+    if min(leading, sources) > budget or not 0 < budget <= sources:
+        raise ValueError(f"a budget of {budget} of {sources} slots does not hold the {leading} that are always kept")
     recent = max(0, policy.recent(budget) - (num_slots - sources))
     return always_kept(sources, budget, leading=leading, recent=recent, device=device)
 

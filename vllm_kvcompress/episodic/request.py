@@ -4,7 +4,7 @@
 | argument | meaning |
 |---|---|
 | `kvcompress_budget` | tokens that a layer keeps per KV head (on average: setting `layer_budgets`), in whole pages |
-| `kvcompress_policy` | `epicache`, `snapkv`, `keydiff` or `streaming`; default: the server's |
+| `kvcompress_policy` | `epicache`, `snapkv`, `h2o`, `keydiff` or `streaming`; default: the server's |
 | `kvcompress_guide` | token ids of the guide prompt (policy `epicache`) |
 | `kvcompress_protect` | first tokens that are never evicted, as a system prompt; the sinks never are |
 | `kvcompress_keep` | keep the compacted pages of this prompt under a name when the request has finished |
@@ -26,8 +26,6 @@ BUDGET, POLICY, GUIDE, PROTECT, KEEP, EPISODE = (
 )
 _ARGUMENTS = (BUDGET, POLICY, GUIDE, PROTECT, KEEP, EPISODE)
 _MAX_NAME = 256
-# H2O sums the attention of every query, which kernels that never write their weights down cannot give.
-OFFERED = tuple(name for name, policy in POLICIES.items() if policy.queries != "block")
 
 
 @dataclass(frozen=True)
@@ -97,8 +95,8 @@ def parse(arguments: Mapping[str, Any] | None, defaults: Defaults) -> Wanted | N
             raise KVCompressError(f"{name}={value!r} needs {BUDGET}: without it nothing is evicted")
         return None
     policy = given.get(POLICY, defaults.policy)
-    if policy not in OFFERED:
-        raise KVCompressError(f"{POLICY}={policy!r} must be one of {', '.join(OFFERED)}")
+    if not isinstance(policy, str) or policy not in POLICIES:
+        raise KVCompressError(f"{POLICY}={policy!r} must be one of {', '.join(POLICIES)}")
     guide = _token_ids(given, GUIDE, defaults)
     if POLICIES[policy].queries == "guide":
         if not guide:

@@ -32,6 +32,8 @@ class Kept:
     eviction: Eviction
     tables: dict[int, list[KVCacheBlock]]
     """KV cache group -> its blocks, null where evicted"""
+    summed: tuple[str, int] = ("", 0)
+    """The request whose scores, where a policy adds them up, are those of the first so many tokens"""
 
     @property
     def blocks(self) -> list[KVCacheBlock]:
@@ -67,6 +69,11 @@ class EpisodeStore:
 
     def __len__(self) -> int:
         return len(self._entries) + len(self._spilled)
+
+    def scorers(self) -> set[str]:
+        """Requests whose scores, as workers have them, entries begin with."""
+        entries = [*self._entries.values(), *(spilled.entry for spilled in self._spilled.values())]
+        return {entry.summed[0] for entry in entries}
 
     def keep(self, name: str, entry: Kept) -> None:
         """Own the entry's blocks too; an older one of the name is let go."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's side of eviction: the guide prompt's forward pass, compaction, steps without freed pages."""
+"""The worker's side of eviction: forward passes whose queries score, compaction, steps without freed pages."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from vllm_kvcompress.attention.impl import KVCompressImpl
 from vllm_kvcompress.attention.pages import PageSpec
 from vllm_kvcompress.attention.window_layer import WINDOW_SUFFIX
 from vllm_kvcompress.episodic.host import HostPages
-from vllm_kvcompress.episodic.policies import POLICIES
+from vllm_kvcompress.episodic.policies import POLICIES, Policy, protected_slots
 
 if TYPE_CHECKING:
     from vllm_kvcompress.episodic.connector import NullRange, Order
@@ -41,6 +41,8 @@ class EvictionWorker:
         """Group of the pages that a group is, or is the windows of"""
         self.host: HostPages | None = None
         """Where kept episodes are spilled to, if anywhere"""
+        self._summed: dict[str, dict[str, torch.Tensor]] = {}
+        """Request -> layer -> [H, T] float32 in host memory: scores that add up, of the slots it was left with"""
 
     def allocate_host_memory(self, num_slots: int) -> None:
         """Once the pages are allocated; at start, so that a machine that has not got it says so then."""
@@ -48,29 +50,73 @@ class EvictionWorker:
         layers = next(names for spec, names in self._groups if isinstance(spec, PageSpec))
         self.host = HostPages([self._context[name].kv_cache for name in layers], num_slots)
 
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Let go of scores that nobody goes on from."""
+        for request_id in request_ids:
+            self._summed.pop(request_id, None)
+
     def compact(self, order: Order) -> None:
         """Evict from the layers of some groups; the pages are still as the step before left them."""
-        layers = [name for part in order.parts for name in self._groups[part.group][1]]
-        queries = self._run(order, layers) if order.queries else {}
-        device = self._config.device_config.device
+        policy, device = POLICIES[order.eviction.policy], self._config.device_config.device
+        due = [part.group for part in order.parts]
+        # Sums go on in every layer: once some have evicted, none can be read as it was before.
+        every = [number for number, (spec, _) in enumerate(self._groups) if isinstance(spec, PageSpec)]
+        scores = self._score(order, policy, every if policy.accumulates else due)
         for part in order.parts:
-            live = self._live(order, part.group)
-            table, targets = (to_device(pages, torch.int64, device) for pages in (live, part.targets))
-            begin, end = order.nulls[part.group]
+            spec, names = self._groups[part.group]
+            page_tokens, (begin, end) = spec.block_size, order.nulls[part.group]
+            table, targets = (
+                to_device(pages, torch.int64, device) for pages in (self._live(order, part.group), part.targets)
+            )
+            num_sources = part.end - (end - begin)
+            sources = num_sources * page_tokens
             num_slots = order.num_tokens - self._null_tokens(order, part.group)
-            for name in self._groups[part.group][1]:
-                layer = self._context[name]
+            budget, leading = len(part.targets) * page_tokens, order.eviction.protected_tokens
+            protected = protected_slots(policy, num_slots, sources, budget, leading, device)
+            for name in names:
+                layer, found = self._context[name], scores[name]
                 arguments: dict[str, Any] = {
-                    "num_sources": part.end - (end - begin),
-                    "targets": targets,
-                    "policy": POLICIES[order.eviction.policy],
-                    "protected_tokens": order.eviction.protected_tokens,
-                    "queries": queries.get(name),
-                }
+                    "num_sources": num_sources, "targets": targets, "scores": found, "protected": protected
+                }  # fmt: skip
                 if isinstance(layer.impl, KVCompressImpl):
-                    layer.impl.compact(layer.kv_cache, table, num_slots, **arguments, is_first=begin == end)
+                    kept = layer.impl.compact(layer.kv_cache, table, **arguments, is_first=begin == end)
                 else:
-                    plain.compact(layer, table, num_slots, **arguments)
+                    kept = plain.compact(layer, table, **arguments)
+                if policy.accumulates:
+                    scores[name] = torch.cat([found.gather(1, kept), found[:, sources:]], dim=1)
+        if policy.accumulates:
+            self._summed[order.request_id] = {name: x.to("cpu", non_blocking=True) for name, x in scores.items()}
+
+    def _score(self, order: Order, policy: Policy, groups: Iterable[int]) -> dict[str, torch.Tensor]:
+        """[H, T] float32 of every layer of some groups, of all slots up to `order.num_tokens`."""
+        device = self._config.device_config.device
+        group_of = {name: group for group in groups for name in self._groups[group][1]}
+        tables = {group: to_device(self._live(order, group), torch.int64, device) for group in groups}
+        scores: dict[str, torch.Tensor] = {}
+        if policy.accumulates:
+            for name, before in self._summed.get(order.carried, {}).items():
+                known = order.position - self._null_tokens(order, group_of[name])
+                scores[name] = before[:, :known].to(device, non_blocking=True)
+
+        def score(name: str, layer: Any, queries: torch.Tensor | None, end: int) -> None:
+            group = group_of[name]
+            num_slots = end - self._null_tokens(order, group)
+            arguments = tables[group], num_slots, policy, queries, scores.get(name)
+            if isinstance(layer.impl, KVCompressImpl):
+                scores[name] = layer.impl.score(layer.kv_cache, *arguments)
+            else:
+                scores[name] = plain.score(layer, *arguments)
+
+        if policy.queries == "none":
+            for name in group_of:
+                score(name, self._context[name], None, order.num_tokens)
+        # A block is read in steps of the length that the scheduler's have.
+        most = order.eviction.block_tokens if policy.accumulates else len(order.queries)
+        for first in range(0, len(order.queries), most or 1):
+            tokens, position = order.queries[first : first + most], order.position + first
+            end = min(order.num_tokens, position + len(tokens))
+            self._run(order, tokens, position, list(group_of), functools.partial(score, end=end))
+        return scores
 
     def close_gaps(
         self, ranges: list[NullRange], attn_metadata: dict[str, Any], request_ids: Sequence[str] | None
@@ -111,35 +157,44 @@ class EvictionWorker:
         begin, end = order.nulls[pages]
         return (end - begin) * self._groups[pages][0].block_size
 
-    def _run(self, order: Order, layers: list[str]) -> dict[str, torch.Tensor]:
-        """Queries [Q, Hq, D] of every layer of a forward pass over the cache that leaves nothing behind in it."""
-        count, device = len(order.queries), self._config.device_config.device
-        found: dict[str, torch.Tensor] = {}
+    def _run(
+        self,
+        order: Order,
+        tokens: list[int],
+        position: int,
+        layers: list[str],
+        listen: Callable[[str, Any, torch.Tensor], None],
+    ) -> None:
+        """A forward pass of tokens that begin at `position`, over the cache before them; it leaves nothing in it.
 
-        def keep(name: str, layer: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-            found[name] = arguments[0].detach().view(count, -1, layer.head_size).clone()
+        Args:
+            listen: called for each of the layers by its name, before its attention, with queries [Q, Hq, D].
+        """
+        count, device = len(tokens), self._config.device_config.device
 
-        hooks = [self._context[name].register_forward_pre_hook(functools.partial(keep, name)) for name in layers]
+        def take(name: str, layer: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+            listen(name, layer, arguments[0].detach().view(count, -1, layer.head_size))
+
+        hooks = [self._context[name].register_forward_pre_hook(functools.partial(take, name)) for name in layers]
         model = compat.loaded_model(self._config)
         # A guide may not reach past the last position that RoPE has a phase for: it then begins somewhat earlier.
-        first = max(0, min(order.position, self._config.model_config.max_model_len - count))
-        metadata, slots = self._metadata(order, count)
+        first = max(0, min(position, self._config.model_config.max_model_len - count))
+        metadata, slots = self._metadata(order, position, count)
         try:
             with (
                 set_forward_context(metadata, self._config, num_tokens=count, slot_mapping=slots, skip_compiled=True),
                 torch.inference_mode(),
             ):
                 model(
-                    input_ids=to_device(order.queries, torch.int64, device),
+                    input_ids=to_device(tokens, torch.int64, device),
                     positions=torch.arange(first, first + count, device=device),
                 )
         finally:
             for hook in hooks:
                 hook.remove()
-        return found
 
-    def _metadata(self, order: Order, count: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """By layer, attention metadata and slots of one request with `count` new tokens, stored in scratch alone."""
+    def _metadata(self, order: Order, position: int, count: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """By layer, metadata and slots of one request with `count` tokens from `position`, stored in scratch alone."""
         device = self._config.device_config.device
         starts = torch.tensor([0, count], dtype=torch.int32)
         slots = [-1] * count
@@ -147,7 +202,7 @@ class EvictionWorker:
         found_slots: dict[str, torch.Tensor] = {}
         for number, (spec, layers) in enumerate(self._groups):
             table = self._live(order, number)
-            length = order.position - self._null_tokens(order, number) + count
+            length = position - self._null_tokens(order, number) + count
             if order.scratch:
                 # Behind what there is: the rest of the last page, which this step writes over, then scratch.
                 page_tokens = spec.block_size

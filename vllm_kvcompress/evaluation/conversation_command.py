@@ -31,7 +31,7 @@ from vllm_kvcompress.config import NAMESPACE, load_settings
 from vllm_kvcompress.episodic.embed import served_embedder
 from vllm_kvcompress.episodic.guide import guide_tokens
 from vllm_kvcompress.episodic.policies import POLICIES
-from vllm_kvcompress.episodic.request import BUDGET, GUIDE, OFFERED, POLICY, PROTECT
+from vllm_kvcompress.episodic.request import BUDGET, GUIDE, POLICY, PROTECT
 from vllm_kvcompress.episodic.router import EpisodeRouter
 from vllm_kvcompress.episodic.settings import MIN_BUDGET, PAGE_TOKENS, EpisodicSettings
 from vllm_kvcompress.episodic.template import ChatTemplate
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kept = parser.add_argument_group("what is kept")
     budgets = "shares of the history's tokens (default %(default)s)"
     kept.add_argument("--budgets", type=_shares, default="0.125,0.25,0.5", metavar="F[,F...]", help=budgets)
-    policies = f"of {', '.join(OFFERED)} (default %(default)s)"
+    policies = f"of {', '.join(POLICIES)} (default %(default)s)"
     kept.add_argument("--policies", type=_names, default="epicache,snapkv,keydiff,streaming", help=policies)
     block = "tokens read between two evictions, and most of a guide prompt (default %(default)s)"
     kept.add_argument("--block-tokens", type=int, default=1024, metavar="N", help=block)
@@ -211,8 +211,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.block_tokens < PAGE_TOKENS or args.block_tokens % PAGE_TOKENS:
         raise KVCompressError(f"--block-tokens must be a multiple of {PAGE_TOKENS}, got {args.block_tokens}")
     for policy in args.policies:
-        if policy not in OFFERED:
-            raise KVCompressError(f"--policies: {policy!r} must be one of {', '.join(OFFERED)}")
+        if policy not in POLICIES:
+            raise KVCompressError(f"--policies: {policy!r} must be one of {', '.join(POLICIES)}")
     for share in args.budgets:
         if not 0 < share < 1:
             raise KVCompressError(f"--budgets: {share} must be a share of the history above 0 and below 1")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eviction in place, in torch: score a request's slots in one layer, gather the survivors, write them anew.
+"""Eviction in place, in torch: score a request's slots in one layer; gather the survivors, write them anew.
 
 Survivors' bytes are moved as they are, so that a token does not lose a little at every compaction. Only keys of formats
 that centre pages cannot be: a row says how its key differs from its page's mean, and survivors of pages with different
@@ -12,24 +12,53 @@ from __future__ import annotations
 
 import torch
 
-from vllm_kvcompress.episodic.policies import Layer, Policy, protected_slots, select
+from vllm_kvcompress.episodic.policies import Layer, Policy, select
 from vllm_kvcompress.formats.base import PageLayout, RowFields, page_fields, read_pages, write_tokens
 
 _WHOLE_RANGE = 1.0
+
+
+def score(
+    pages: torch.Tensor,
+    layout: PageLayout,
+    table: torch.Tensor,
+    num_slots: int,
+    policy: Policy,
+    queries: torch.Tensor | None,
+    key_offset: torch.Tensor | None,
+    scale: float,
+    previous: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`policy.score` of a request's slots in one layer.
+
+    Args:
+        pages: [num_pages, H, head_bytes] uint8.
+        table: [n] int64, the request's pages that are not null, in order.
+        num_slots: tokens in them that are scored: all before the last of these pages are full.
+        queries: [Q, Hq, D] float in cache space, what the policy scores with; None if it needs none.
+        key_offset: [H, D] float, what static centring took from the keys, in cache space; None: nothing.
+        scale: softmax scale.
+        previous: [H, T'] float32, scores so far of the first T' slots, where the policy adds them up.
+
+    Returns:
+        [H, num_slots] float32.
+
+    Raises:
+        ValueError: missing queries, or shapes that do not fit.
+    """
+    pages = pages[table[: -(-num_slots // layout.page_tokens)]]
+    keys = read_pages(pages, layout)[0].permute(0, 2, 1, 3).flatten(0, 1)[:num_slots]
+    return policy.score(Layer(keys if key_offset is None else keys + key_offset, queries, scale, previous))
 
 
 def compact(
     pages: torch.Tensor,
     layout: PageLayout,
     table: torch.Tensor,
-    num_slots: int,
     num_sources: int,
     targets: torch.Tensor,
-    policy: Policy,
-    protected_tokens: int,
-    queries: torch.Tensor | None,
-    key_offset: torch.Tensor | None,
-    scale: float,
+    scores: torch.Tensor,
+    protected: torch.Tensor,
     is_first: bool,
 ) -> torch.Tensor:
     """Write the best slots of a request's first `num_sources` pages to `targets`.
@@ -37,13 +66,10 @@ def compact(
     Args:
         pages: [num_pages, H, head_bytes] uint8, written in place.
         table: [n] int64, the request's pages that are not null, in order.
-        num_slots: tokens in them; all but those of the last page are full.
-        num_sources: pages to choose from, all full; the rest is scored (softmax sees it) and stays.
+        num_sources: pages to choose from, all full; later slots stay.
         targets: [n'] int64, the budget's pages; the first of `table`, or others where those are shared.
-        protected_tokens: first slots that are kept whatever their score.
-        queries: [Q, Hq, D] float in cache space, what the policy scores with; None if it needs none.
-        key_offset: [H, D] float, what static centring took from the keys, in cache space; None: nothing.
-        scale: softmax scale.
+        scores: [H, T] float32 of all slots: the softmax of most policies sees those that stay, too.
+        protected: [num_sources * page_tokens] bool, slots that are kept whatever their score.
         is_first: the request's first compaction.
 
     Returns:
@@ -52,14 +78,12 @@ def compact(
     Raises:
         ValueError: scores that are not finite, a budget that does not hold what is protected.
     """
-    keys, values = (x.permute(0, 2, 1, 3).flatten(0, 1)[:num_slots] for x in read_pages(pages[table], layout))
-    scored = keys if key_offset is None else keys + key_offset
-    sources, budget = num_sources * layout.page_tokens, len(targets) * layout.page_tokens
-    kept = choose(scored, sources, budget, policy, protected_tokens, queries, scale)
-    before = page_fields(pages[table[:num_sources]], layout)  # a copy, for sources and targets overlap
-    after = page_fields(pages, layout)
+    kept = select(scores[:, : len(protected)], len(targets) * layout.page_tokens, protected)
+    copied = pages[table[:num_sources]]  # for sources and targets overlap
+    before, after = page_fields(copied, layout), page_fields(pages, layout)
     unchanged = torch.ones_like(kept, dtype=torch.bool)
     if before.k_mean is not None and after.k_mean is not None:
+        keys, values = (x.permute(0, 2, 1, 3).flatten(0, 1) for x in read_pages(copied, layout))
         index = kept.T.unsqueeze(-1).expand(-1, -1, layout.head_dim)
         keys, values = keys.gather(0, index), values.gather(0, index)
         limit = torch.finfo(torch.float16).max
@@ -76,20 +100,6 @@ def compact(
         for old, new in zip(_regions(source), _regions(destination), strict=True):
             _move(old, new, targets, kept, where)
     return kept
-
-
-def choose(
-    keys: torch.Tensor,
-    sources: int,
-    budget: int,
-    policy: Policy,
-    protected_tokens: int,
-    queries: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
-    """[H, budget] int64: which of the first `sources` slots of keys [T, H, D] are kept, ascending."""
-    scores = policy.score(Layer(keys, queries, scale))[:, :sources]
-    return select(scores, budget, protected_slots(policy, len(keys), sources, budget, protected_tokens, keys.device))
 
 
 def _regions(rows: RowFields) -> list[torch.Tensor]:
