@@ -143,11 +143,14 @@ def test_rejected_drafts_leave_no_trace(tiny_model, kernels, max_tokens):
     assert_same(drafted["rounds"][0], plain["rounds"][0])
 
 
-def test_eviction_is_that_of_the_torch_path(tmp_path):
-    """A guide's passes, scores, compactions and steps without evicted pages, beside a request that keeps everything."""
+@pytest.mark.parametrize("policy", ["epicache", "h2o"])
+def test_eviction_is_that_of_the_torch_path(policy, tmp_path):
+    """Passes for queries, scores, compactions, steps without evicted pages, beside a request that keeps everything."""
     model = save_model(tmp_path / "model", layers=1, heads=3, kv_heads=1)
     batch = prompts(650, 30)
-    asked = {"kvcompress_budget": 256, "kvcompress_policy": "epicache", "kvcompress_guide": prompts(20)[0]}
+    asked = {"kvcompress_budget": 256, "kvcompress_policy": policy}
+    if policy == "epicache":
+        asked["kvcompress_guide"] = prompts(20)[0]
     extra = [asked, None]
     settings = {"sink_tokens": 16, "recent_tokens": 32, "episodic": {"budget": 512, "block_tokens": 128}}
     torch_path, kernels = (

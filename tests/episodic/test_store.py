@@ -212,6 +212,23 @@ def test_an_episode_that_gives_way_to_its_only_question_is_not_copied(pool):
     assert store.settle()[0] == [Copy(ids(blocks), list(range(6)))], "as it was before the compaction"
 
 
+def test_whose_scores_entries_begin_with(pool):
+    """While they are there or in host memory; not of those that were replaced or have given way."""
+    store, kept = EpisodeStore(pool, host_slots=4), {}
+    for name, scorer in (("a", "one"), ("a", "two"), ("b", "two"), ("c", "three")):
+        found, blocks = entry(pool, list(range(4 * PAGE)))
+        store.keep(name, replace(found, summed=(scorer, PAGE)))
+        pool.free_blocks(blocks)
+        kept[name] = scorer
+    assert store.scorers() == {"two", "three"} == set(kept.values())
+    store.make_room(pool.get_num_free_blocks() + 1)  # "a" is spilled
+    assert store.scorers() == {"two", "three"}
+    store.make_room(pool.get_num_free_blocks() + 8)  # the others, and there is room for one
+    assert store.scorers() == {"three"} and len(store) == 1
+    store.clear()
+    assert store.scorers() == set()
+
+
 # --- host memory ------------------------------------------------------------------------------------------------------
 
 

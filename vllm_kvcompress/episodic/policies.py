@@ -124,7 +124,8 @@ class SnapKV(Policy):
 class H2O(Policy):
     """Attention a slot has drawn so far, summed over all queries and the group; half the budget is the most recent.
 
-    Heavy-hitter oracle (arXiv 2306.14048, section 4), evicting at the end of a block instead of after every token.
+    Heavy-hitter oracle (arXiv 2306.14048, section 4), evicting at the end of a block instead of after every token. No
+    attention kernel writes its weights down, so the engine reads every block a second time for them: a baseline.
     """
 
     queries = "block"
