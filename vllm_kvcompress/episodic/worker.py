@@ -96,7 +96,8 @@ class EvictionWorker:
         if policy.accumulates:
             for name, before in self._summed.get(order.carried, {}).items():
                 known = order.position - self._null_tokens(order, group_of[name])
-                scores[name] = before[:, :known].to(device, non_blocking=True)
+                # Cut on the device: the host may not have got all of it yet.
+                scores[name] = before.to(device, non_blocking=True)[:, :known]
 
         def score(name: str, layer: Any, queries: torch.Tensor | None, end: int) -> None:
             group = group_of[name]
