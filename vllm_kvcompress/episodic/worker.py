@@ -102,11 +102,7 @@ class EvictionWorker:
         def score(name: str, layer: Any, queries: torch.Tensor | None, end: int) -> None:
             group = group_of[name]
             num_slots = end - self._null_tokens(order, group)
-            arguments = tables[group], num_slots, policy, queries, scores.get(name)
-            if isinstance(layer.impl, KVCompressImpl):
-                scores[name] = layer.impl.score(layer.kv_cache, *arguments)
-            else:
-                scores[name] = plain.score(layer, *arguments)
+            scores[name] = self._score_layer(layer, tables[group], num_slots, policy, queries, scores.get(name))
 
         if policy.queries == "none":
             for name in group_of:
@@ -118,6 +114,12 @@ class EvictionWorker:
             end = min(order.num_tokens, position + len(tokens))
             self._run(order, tokens, position, list(group_of), functools.partial(score, end=end))
         return scores
+
+    def _score_layer(self, layer: Any, *arguments: Any) -> torch.Tensor:
+        """`plain.score`, of whatever pages the layer has."""
+        if isinstance(layer.impl, KVCompressImpl):
+            return layer.impl.score(layer.kv_cache, *arguments)
+        return plain.score(layer, *arguments)
 
     def close_gaps(
         self, ranges: list[NullRange], attn_metadata: dict[str, Any], request_ids: Sequence[str] | None
