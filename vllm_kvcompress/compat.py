@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every touch of vLLM that is not a documented extension point, each with the versions it serves and why.
 
-Served: 0.32 and 0.33. `tests/test_upstream_compatibility.py` names the seam that moved when a new version breaks one.
+Served: 0.32 and 0.33. `operations/seams.py`, which tests and `kvcompress doctor` go through, names the seam that moved.
 """
 
 from __future__ import annotations
