@@ -67,6 +67,7 @@ def main() -> None:
             ]
         )
     if core.scheduler.connector is not None:
+        report["totals"] = core.scheduler.connector.totals()
         core.scheduler.connector.reset_cache()
     report["preemptions"], report["last_position"] = preemptions[0], on_workers(last_position)[0]
     report["free_after"], report["lowest_free"] = pool.get_num_free_blocks(), lowest[0]
