@@ -54,12 +54,13 @@ def metrics(server):
     return {name: value for name, value in found.items() if not name.endswith("_created")}
 
 
-def wait_for(condition, seconds=60):
-    """Numbers reach the API server after the answer they belong to."""
+def wait_for(server, condition, seconds=60):
+    """Metrics that meet a condition: numbers reach the API server after the answer they belong to."""
     end = time.monotonic() + seconds
-    while not (met := condition()) and time.monotonic() < end:
+    while not condition(found := metrics(server)):
+        assert time.monotonic() < end, found
         time.sleep(0.1)
-    return met
+    return found
 
 
 def test_start_says_in_one_line_what_is_served(server):
@@ -99,16 +100,14 @@ def test_metrics(client, server):
         model=server[1], prompt=start + "Near", max_tokens=1300, extra_body={"ignore_eos": True}, stream=True
     )
     next(iter(events))
-    assert wait_for(lambda: metrics(server)["window_pages"][0] > 0)
-    running = metrics(server)
     # 30 layers of 3 heads of 41 bytes: whole pages of 128 tokens
     page_bytes = 30 * 3 * 41 * 128
-    assert running["compressed_bytes"][0] >= 4 * page_bytes and running["compressed_bytes"][0] % page_bytes == 0
-    assert running["window_pages"][0] <= 38
+    running = wait_for(server, lambda found: found["compressed_bytes"][0] >= 4 * page_bytes)
+    assert running["compressed_bytes"][0] % page_bytes == 0 < running["window_pages"][0] <= 38
     events.close()  # which ends the request, long before it would end by itself
-    assert wait_for(lambda: metrics(server)["compressed_bytes"][0] == metrics(server)["window_pages"][0] == 0)
-    assert metrics(server)["window_fallback_tokens_total"][0] - before == 256
-    assert metrics(server)["evicted_tokens_total"][0] == metrics(server)["episodes_built_total"][0] == 0
+    found = wait_for(server, lambda found: found["compressed_bytes"][0] == found["window_pages"][0] == 0)
+    assert found["window_fallback_tokens_total"][0] - before == 256
+    assert found["evicted_tokens_total"][0] == found["episodes_built_total"][0] == 0
 
 
 def test_chat(client, server):
