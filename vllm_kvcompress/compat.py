@@ -219,9 +219,8 @@ STATISTICS = "kvcompress"
 def observe_schedulers(observe: Callable[[Any], Callable[[], dict[str, Any]] | None]) -> None:
     """Call `observe(scheduler)` in every engine core; what it returns gives statistics that ride on vLLM's own.
 
-    They reach the front end as those of a KV connector do, for vLLM sends no others of a third party: once a step, to
-    one of the API servers. 0.32, 0.33: vllm/v1/core/sched/scheduler.py; `SchedulerStats` is decoded by its type, so a
-    field of ours would be lost. Engines that do not evict have no connector to give statistics itself.
+    They go to one of the API servers as a KV connector's would, which engines that do not evict lack.
+    0.32, 0.33: vllm/v1/core/sched/scheduler.py; `SchedulerStats` is decoded by its type: a field of ours would be lost.
     """
     from vllm.v1.core.sched.scheduler import Scheduler
 
