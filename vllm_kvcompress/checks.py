@@ -133,28 +133,10 @@ def check_config(vllm_config: VllmConfig) -> None:
     if not ours:
         return
     _keep_sliding_windows(vllm_config)
-    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     resolved = resolve(vllm_config)
-    head_size = model_config.get_head_size()
-    layout = resolved.page_format.layout(head_size, _page_tokens(vllm_config))
-    path, reason = kernel_path(vllm_config)
+    resolved.page_format.layout(vllm_config.model_config.get_head_size(), _page_tokens(vllm_config))
+    kernel_path(vllm_config)
     _check_rotation(vllm_config, resolved)
-    logger.info(
-        "KV cache format %s: %d bytes per token, layer and KV head (16-bit: %d, %.1fx), keys centred: %s, "
-        "16-bit windows: first %d and last %d tokens, rotation file: %s, tensor parallel size %d, "
-        "attention: %s (%s)",
-        resolved.page_format.name,
-        layout.bytes_per_token,
-        4 * head_size,
-        4 * head_size / layout.bytes_per_token,
-        resolved.page_format.centring,
-        resolved.sink_tokens,
-        resolved.recent_tokens,
-        resolved.rotation or "none needed",
-        parallel.tensor_parallel_size,
-        "GPU kernels" if path == "gpu" else "torch",
-        reason,
-    )
 
 
 PLAIN_DTYPES = ("auto", "bfloat16", "float16")

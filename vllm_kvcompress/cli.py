@@ -18,6 +18,7 @@ _COMMANDS = {
     "plan": "vllm_kvcompress.capacity.command",
     "eval": "vllm_kvcompress.evaluation.command",
     "eval-conversations": "vllm_kvcompress.evaluation.conversation_command",
+    "doctor": "vllm_kvcompress.operations.command",
     "demo": "vllm_kvcompress.demo.command",
 }
 
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="kvcompress",
-        description="KV cache pages of 2 to 4 bits for vLLM: calibrate, inspect, plan, evaluate, demonstrate.",
+        description="KV cache pages of 2 to 4 bits for vLLM: calibrate, inspect, plan, evaluate, examine, demonstrate.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every touch of vLLM that is not a documented extension point, each with the versions it serves and why.
 
-Served: 0.32 and 0.33. `tests/test_upstream_compatibility.py` names the seam that moved when a new version breaks one.
+Served: 0.32 and 0.33. `operations/seams.py`, which tests and `kvcompress doctor` go through, names the seam that moved.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -46,6 +47,28 @@ def check_version() -> None:
             f"this version of vllm-kvcompress serves vLLM >=0.32,<0.34 and found {version}; "
             "install a matching pair, or uninstall vllm-kvcompress"
         )
+
+
+def _patch(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
+    """Decorator: from now on `owner.name(...)` calls the decorated function, with the original before the arguments.
+
+    Once, however often it is asked for. Of a class method the original is the plain function, its class an argument.
+    """
+
+    def patch(replacement: Callable[..., Any]) -> None:
+        found = inspect.getattr_static(owner, name)
+        original = found.__func__ if isinstance(found, classmethod) else found
+        if getattr(original, "_kvcompress", False):
+            return
+
+        @functools.wraps(original)
+        def patched(*args, **kwargs):
+            return replacement(original, *args, **kwargs)
+
+        patched._kvcompress = True  # type: ignore[attr-defined]
+        setattr(owner, name, classmethod(patched) if isinstance(found, classmethod) else patched)
+
+    return patch
 
 
 def register_cache_dtypes(names: Iterable[str]) -> None:
@@ -101,15 +124,10 @@ def wrap_attention_backend_choice(
     """
     from vllm.platforms import current_platform
 
-    platform: Any = type(current_platform)
-    original = platform.get_attn_backend_cls
-    if getattr(original, "_kvcompress", False):
-        return
-
-    @functools.wraps(original.__func__)
-    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, *args, **kwargs):
+    @_patch(type(current_platform), "get_attn_backend_cls")
+    def get_attn_backend_cls(original, cls, selected_backend, attn_selector_config, *args, **kwargs):
         if not is_ours(attn_selector_config.kv_cache_dtype):
-            return other(original.__func__(cls, selected_backend, attn_selector_config, *args, **kwargs))
+            return other(original(cls, selected_backend, attn_selector_config, *args, **kwargs))
         from vllm.utils.import_utils import resolve_obj_by_qualname
 
         path = backend_path(attn_selector_config.kv_cache_dtype)
@@ -124,9 +142,6 @@ def wrap_attention_backend_choice(
             )
         return path
 
-    get_attn_backend_cls._kvcompress = True  # type: ignore[attr-defined]
-    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
-
 
 def wrap_config_check(check: Callable[[Any], None]) -> None:
     """Run `check(vllm_config)` when the configuration is complete, in the process the user started.
@@ -135,18 +150,10 @@ def wrap_config_check(check: Callable[[Any], None]) -> None:
     """
     from vllm.platforms import current_platform
 
-    platform: Any = type(current_platform)
-    original = platform.check_and_update_config
-    if getattr(original, "_kvcompress", False):
-        return
-
-    @functools.wraps(original.__func__)
-    def check_and_update_config(cls, vllm_config):
-        original.__func__(cls, vllm_config)
+    @_patch(type(current_platform), "check_and_update_config")
+    def check_and_update_config(original, cls, vllm_config):
+        original(cls, vllm_config)
         check(vllm_config)
-
-    check_and_update_config._kvcompress = True  # type: ignore[attr-defined]
-    platform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def wrap_block_size_choice(is_ours: Callable[[str | None], bool], align: Callable[[Any], None]) -> None:
@@ -159,26 +166,18 @@ def wrap_block_size_choice(is_ours: Callable[[str | None], bool], align: Callabl
     """
     from vllm.platforms import current_platform
 
-    platform: Any = type(current_platform)
-    original = platform.update_block_size_for_backend
-    if getattr(original, "_kvcompress", False):
-        return
-
-    @functools.wraps(original.__func__)
-    def update_block_size_for_backend(cls, vllm_config):
+    @_patch(type(current_platform), "update_block_size_for_backend")
+    def update_block_size_for_backend(original, cls, vllm_config):
         cache = vllm_config.cache_config
         skipped = cache.kv_cache_dtype_skip_layers
         if not is_ours(cache.cache_dtype) or not skipped:
-            return original.__func__(cls, vllm_config)
+            return original(cls, vllm_config)
         cache.kv_cache_dtype_skip_layers = []
         try:
-            original.__func__(cls, vllm_config)
+            original(cls, vllm_config)
         finally:
             cache.kv_cache_dtype_skip_layers = skipped
         align(vllm_config)
-
-    update_block_size_for_backend._kvcompress = True  # type: ignore[attr-defined]
-    platform.update_block_size_for_backend = classmethod(update_block_size_for_backend)
 
 
 def register_cache_spec(spec: type, manager: type) -> None:
@@ -201,13 +200,8 @@ def wrap_lone_prefills(applies: Callable[[Any], bool]) -> None:
     """
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    scheduler_class: Any = Scheduler
-    original = scheduler_class.schedule
-    if getattr(original, "_kvcompress", False):
-        return
-
-    @functools.wraps(original)
-    def schedule(self, *args, **kwargs):
+    @_patch(Scheduler, "schedule")
+    def schedule(original, self, *args, **kwargs):
         threshold, budget = self.scheduler_config.long_prefill_token_threshold, self.max_num_scheduled_tokens
         if not 0 < threshold < budget or sum(self.get_request_counts()) != 1 or not applies(self.vllm_config):
             return original(self, *args, **kwargs)
@@ -217,8 +211,53 @@ def wrap_lone_prefills(applies: Callable[[Any], bool]) -> None:
         finally:
             self.max_num_scheduled_tokens = budget
 
-    schedule._kvcompress = True  # type: ignore[attr-defined]
-    scheduler_class.schedule = schedule
+
+STATISTICS = "kvcompress"
+"""Key of ours in `SchedulerStats.kv_connector_stats`"""
+
+
+def observe_schedulers(observe: Callable[[Any], Callable[[], dict[str, Any]] | None]) -> None:
+    """Call `observe(scheduler)` in every engine core; what it returns gives statistics that ride on vLLM's own.
+
+    They go to one of the API servers as a KV connector's would, which engines that do not evict lack.
+    0.32, 0.33: vllm/v1/core/sched/scheduler.py; `SchedulerStats` is decoded by its type: a field of ours would be lost.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    @_patch(Scheduler, "__init__")
+    def __init__(original, self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self._kvcompress_statistics = observe(self)
+
+    @_patch(Scheduler, "make_stats")
+    def make_stats(original, self, *args, **kwargs):
+        stats = original(self, *args, **kwargs)
+        if stats is not None and self._kvcompress_statistics is not None:
+            found = self._kvcompress_statistics()
+            stats.kv_connector_stats = {STATISTICS: found} if found else None
+        return stats
+
+
+def export_statistics(is_observed: Callable[[Any], bool], make_metrics: Callable[..., Any]) -> None:
+    """Have `make_metrics(...)`, called as `KVConnectorBase_V1.build_prom_metrics`, get what `observe_schedulers` sends.
+
+    0.32, 0.33: vllm/distributed/kv_transfer/kv_connector/v1/metrics.py. The loggers that serve /metrics, Ray's among
+    them, ask the connector's class for metrics; the log would ask it to sum up statistics, connector or not.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.v1 import metrics
+
+    @_patch(metrics.KVConnectorProm, "__init__")
+    def __init__(original, self, vllm_config, labelnames, per_engine_labelvalues):
+        original(self, vllm_config, labelnames, per_engine_labelvalues)
+        if is_observed(vllm_config):
+            kinds = {metrics.Gauge: self._gauge_cls, metrics.Counter: self._counter_cls}
+            kinds[metrics.Histogram] = self._histogram_cls
+            self.prom_metrics = make_metrics(vllm_config, kinds, labelnames, per_engine_labelvalues)
+
+    @_patch(metrics.KVConnectorLogging, "observe")
+    def observe(original, self, transfer_stats_data):
+        if STATISTICS not in transfer_stats_data:
+            original(self, transfer_stats_data)
 
 
 def watch_loaded_models() -> None:
@@ -228,20 +267,12 @@ def watch_loaded_models() -> None:
     """
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-    loader: Any = BaseModelLoader
-    original = loader.load_model
-    if getattr(original, "_kvcompress", False):
-        return
-
-    @functools.wraps(original)
-    def load_model(self, vllm_config, model_config, *args, **kwargs):
+    @_patch(BaseModelLoader, "load_model")
+    def load_model(original, self, vllm_config, model_config, *args, **kwargs):
         model = original(self, vllm_config, model_config, *args, **kwargs)
         if model_config is vllm_config.model_config:
             _models.append(weakref.ref(model))
         return model
-
-    load_model._kvcompress = True  # type: ignore[attr-defined]
-    loader.load_model = load_model
 
 
 _models: list[weakref.ref] = []
@@ -271,25 +302,17 @@ def wrap_request_check(check: Callable[[Any, Any], None]) -> None:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
-    processor: Any = InputProcessor
-    original = processor._validate_params
-    if getattr(original, "_kvcompress", False):
-        return
-
     class BadRequestError(VLLMValidationError, ValueError):
         pass
 
-    @functools.wraps(original)
-    def _validate_params(self, params, *args, **kwargs):
+    @_patch(InputProcessor, "_validate_params")
+    def _validate_params(original, self, params, *args, **kwargs):
         if isinstance(params, SamplingParams):
             try:
                 check(self.vllm_config, params)
             except KVCompressError as error:
                 raise BadRequestError(str(error)) from error
         return original(self, params, *args, **kwargs)
-
-    _validate_params._kvcompress = True  # type: ignore[attr-defined]
-    processor._validate_params = _validate_params
 
 
 def add_http_middleware(path: str) -> None:
@@ -298,19 +321,15 @@ def add_http_middleware(path: str) -> None:
     0.32, 0.33: vllm/entrypoints/launchers/app.py, `init_entrypoints_middleware(args, ...)`, which reads --middleware.
     `vllm.endpoint_plugins` would need VLLM_PLUGINS in the environment too, and adds routes, not middlewares.
     """
-    module: Any = sys.modules.get("vllm.entrypoints.launchers.app")
-    if module is None or getattr(module.init_entrypoints_middleware, "_kvcompress", False):
+    module = sys.modules.get("vllm.entrypoints.launchers.app")
+    if module is None:
         return
-    original = module.init_entrypoints_middleware
 
-    @functools.wraps(original)
-    def init_entrypoints_middleware(args, *more, **kwargs):
+    @_patch(module, "init_entrypoints_middleware")
+    def init_entrypoints_middleware(original, args, *more, **kwargs):
         if path not in args.middleware:
             args.middleware = [*args.middleware, path]
         return original(args, *more, **kwargs)
-
-    init_entrypoints_middleware._kvcompress = True  # type: ignore[attr-defined]
-    module.init_entrypoints_middleware = init_entrypoints_middleware
 
 
 def set_attention_backend(layer: Any, backend: type) -> None:

@@ -21,6 +21,8 @@ def register() -> None:
     compat.wrap_request_check(_check_request)
     compat.wrap_lone_prefills(_evicts)
     compat.watch_loaded_models()
+    compat.observe_schedulers(_observe)
+    compat.export_statistics(_is_observed, _make_metrics)
     _registered = True
 
 
@@ -58,3 +60,23 @@ def _align_pages(vllm_config) -> None:
     from vllm_kvcompress.sliding import align_pages
 
     align_pages(vllm_config)
+
+
+def _is_observed(vllm_config) -> bool:
+    from vllm_kvcompress.operations.facts import is_observed
+
+    return is_observed(vllm_config)
+
+
+def _observe(scheduler):
+    if not _is_observed(scheduler.vllm_config):
+        return None
+    from vllm_kvcompress.operations.observer import observe
+
+    return observe(scheduler)
+
+
+def _make_metrics(*args):
+    from vllm_kvcompress.operations.metrics import Metrics
+
+    return Metrics(*args)

@@ -11,25 +11,15 @@ import promql_parser
 import pytest
 import yaml
 
+from vllm_kvcompress.operations.metrics import METRICS, PREFIX
+
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
 MONITORING = DOCKER / "monitoring"
 (DASHBOARD,) = (json.loads(path.read_text()) for path in (MONITORING / "dashboards").glob("*.json"))
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]]
-OURS = {
-    "vllm:kvcompress_info",
-    "vllm:kvcompress_compression_ratio",
-    "vllm:kvcompress_compressed_bytes",
-    "vllm:kvcompress_window_pages",
-    "vllm:kvcompress_kept_episodes",
-    "vllm:kvcompress_window_fallback_tokens_total",
-    "vllm:kvcompress_evicted_tokens_total",
-    "vllm:kvcompress_episodes_built_total",
-    "vllm:kvcompress_episodes_reused_total",
-    "vllm:kvcompress_episodes_restored_total",
-    "vllm:kvcompress_episodes_spilled_total",
-    "vllm:kvcompress_episodes_lost_total",
-}
+OURS = {PREFIX + name + "_total" * (metric.kind == "counter") for name, metric in METRICS.items()}
+OURS |= {f"{PREFIX}info", f"{PREFIX}compression_ratio"}
 """As /metrics shows them."""
 
 

@@ -70,6 +70,7 @@ def main() -> None:
         )
     report["summed"].append(on_workers(summed)[0])
     if core.scheduler.connector is not None:
+        report["totals"] = core.scheduler.connector.totals()
         core.scheduler.connector.reset_cache()
     report["preemptions"], report["last_position"] = preemptions[0], on_workers(last_position)[0]
     report["free_after"], report["lowest_free"] = pool.get_num_free_blocks(), lowest[0]

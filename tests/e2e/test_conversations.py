@@ -3,12 +3,14 @@
 
 import json
 import re
+import time
 import urllib.request
 
 import openai
 import pytest
 
 from vllm_kvcompress.demo.server import Server
+from vllm_kvcompress.operations.metrics import METRICS, PREFIX
 from vllm_kvcompress.serving.middleware import HEADER
 
 BUDGET, BLOCK = 512, 256
@@ -73,6 +75,40 @@ def test_a_long_history_is_read_once_and_its_pages_answer_again(ask):
     # Another tenant's question about the same words.
     other, third = ask([*HISTORY, question], cache_salt="tenant")
     assert other == header and third.choices[0].message.content == first.choices[0].message.content
+
+
+def test_metrics_count_what_became_of_histories(server, ask):
+    question = {"role": "user", "content": "What did I say about learning to play the violin?"}
+
+    def counted():
+        """What our metrics say, once they say it twice: they reach the API server after the answer."""
+        found: dict = {}
+        while True:
+            with urllib.request.urlopen(f"{server[0]}/metrics", timeout=60) as response:
+                lines = response.read().decode().splitlines()
+            pairs = [line.rsplit(" ", 1) for line in lines if line.startswith(PREFIX)]
+            before, found = found, {name.removeprefix(PREFIX).split("{")[0]: float(value) for name, value in pairs}
+            if found == before:
+                return {name: found[name + "_total" * (METRICS[name].kind == "counter")] for name in METRICS}
+            time.sleep(2)
+
+    def grown(salt):
+        before = counted()
+        _, response = ask([*HISTORY, question], cache_salt=salt)
+        after = counted()
+        return {name: after[name] - before[name] for name in METRICS}, response.usage.prompt_tokens
+
+    built, tokens = grown("metrics")
+    assert built["episodes_built"] == built["episodes_reused"] == built["kept_episodes"] == 1
+    assert built["compressed_bytes"] > 0
+    # What does not fit in the budget, but for the recent window and pages that are not full; and the question's share.
+    assert built["evicted_tokens"] % 128 == 0 and 0 < built["evicted_tokens"] < tokens - BUDGET
+    again, _ = grown("metrics")
+    assert again["episodes_reused"] == 1 and again["episodes_built"] == again["kept_episodes"] == 0
+    assert all(built[name] == again[name] == 0 for name in ("episodes_spilled", "episodes_lost", "episodes_restored"))
+    # Of a history that was kept, only the sinks are in 16 bits.
+    assert built["window_fallback_tokens"] == again["window_fallback_tokens"] == SETTINGS["recent_tokens"]
+    assert again["compressed_bytes"] == again["window_pages"] == 0 < built["window_pages"]
 
 
 def test_a_streamed_answer_says_its_episode_too(server):

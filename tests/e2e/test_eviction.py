@@ -361,6 +361,19 @@ def test_what_host_memory_has_no_room_for_is_read_again(spilled):
     assert all(math.isfinite(x) for x in rounds["first is lost"][0]["logprobs"])
 
 
+def test_what_became_of_episodes_is_counted(spilled):
+    rounds, report = spilled
+    taken = [taken_over(output) for outputs in rounds.values() for output in outputs if output["eviction"]]
+    assert report["preemptions"] == 0
+    totals = report["totals"]
+    assert totals["episodes_built"] == 3
+    assert totals["episodes_reused"] == sum(tokens > 0 for tokens, _ in taken)
+    assert totals["episodes_restored"] == sum(restored for _, restored in taken) == 5
+    # Crowds come after the first, after it came back, and after both that are kept; the third takes the first's place.
+    assert totals["episodes_spilled"] >= 5 and totals["episodes_lost"] >= 1
+    assert totals["evicted_tokens"] % PAGE == 0 < totals["evicted_tokens"]
+
+
 def test_questions_that_are_preempted_come_back_to_their_episodes(tiny_model, rng, tmp_path):
     """Five questions about three episodes, and long prompts, in a pool for about half of them.
 

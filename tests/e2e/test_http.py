@@ -7,11 +7,15 @@ import os
 import re
 import subprocess
 import sys
+import time
+import urllib.request
 
 import openai
 import pytest
 
+from vllm_kvcompress import rotations
 from vllm_kvcompress.demo.server import DEFAULT_ENVIRON, Server
+from vllm_kvcompress.operations.metrics import METRICS, PREFIX
 
 DTYPE = "oscar-int2"
 MAX_LEN = 2048
@@ -39,10 +43,71 @@ def chat(client, server, **changes):
     return client.chat.completions.create(**arguments | changes)
 
 
-def test_start_says_what_was_saved(server):
+def metrics(server):
+    """Our metrics by name without the prefix: value, and the labels of the last of that name."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with urllib.request.urlopen(server[0].removesuffix("/v1") + "/metrics", timeout=60) as response:
+        families = text_string_to_metric_families(response.read().decode())
+        samples = [sample for family in families for sample in family.samples if sample.name.startswith(PREFIX)]
+    found = {sample.name.removeprefix(PREFIX): (sample.value, sample.labels) for sample in samples}
+    return {name: value for name, value in found.items() if not name.endswith("_created")}
+
+
+def wait_for(server, condition, seconds=60):
+    """Metrics that meet a condition: numbers reach the API server after the answer they belong to."""
+    end = time.monotonic() + seconds
+    while not condition(found := metrics(server)):
+        assert time.monotonic() < end, found
+        time.sleep(0.1)
+    return found
+
+
+def test_start_says_in_one_line_what_is_served(server):
     text = server[2].read_text()
-    assert re.search(rf"KV cache format {DTYPE}: \d+ bytes per token", text)
-    assert "rotation.safetensors" in text
+    (line,) = re.findall(rf"KV cache format {DTYPE}: .*", text)
+    assert "41 bytes per token, layer and KV head (16-bit: 256, 6.2x)" in line
+    (tokens,) = re.findall(r"KV cache size: ([\d,]+) tokens", text)
+    assert f", {tokens} tokens fit (" in line and f"requests of {MAX_LEN:,})" in line
+    assert f"kvcompress/rotation.safetensors (fingerprint {fingerprint(server)})" in line
+    assert line.endswith("attention kernels: torch (this engine runs on the CPU)")
+
+
+def fingerprint(server):
+    return rotations.read_metadata(f"{server[1]}/{rotations.ROTATION_BESIDE_MODEL}").fingerprint
+
+
+def test_metrics(client, server):
+    labels = {"model_name": server[1], "engine": "0"}
+    found = metrics(server)
+    assert found.keys() == {name + "_total" * (one.kind == "counter") for name, one in METRICS.items()} | {
+        "compression_ratio",
+        "info",
+    }
+    value, about = found.pop("info")
+    assert value == 1 and about.items() >= {
+        **labels, "format": DTYPE, "kernels": "torch", "bytes_per_token": "41", "rotation": fingerprint(server)
+    }.items()  # fmt: skip
+    assert all(one == labels for _, one in found.values())
+    assert found["compression_ratio"][0] == pytest.approx(256 / 41)
+
+    # Two prompts that begin with the same 512 tokens or more, in one chunk each: the second finds the sinks, but nobody
+    # has kept the window before the place where they part.
+    before = found["window_fallback_tokens_total"][0]
+    start = "The rain fell softly on the old harbour town. " * 60
+    client.completions.create(model=server[1], prompt=start + "Far " * 400, max_tokens=1)
+    events = client.completions.create(
+        model=server[1], prompt=start + "Near", max_tokens=1300, extra_body={"ignore_eos": True}, stream=True
+    )
+    next(iter(events))
+    # 30 layers of 3 heads of 41 bytes: whole pages of 128 tokens
+    page_bytes = 30 * 3 * 41 * 128
+    running = wait_for(server, lambda found: found["compressed_bytes"][0] >= 4 * page_bytes)
+    assert running["compressed_bytes"][0] % page_bytes == 0 < running["window_pages"][0] <= 38
+    events.close()  # which ends the request, long before it would end by itself
+    found = wait_for(server, lambda found: found["compressed_bytes"][0] == found["window_pages"][0] == 0)
+    assert found["window_fallback_tokens_total"][0] - before == 256
+    assert found["evicted_tokens_total"][0] == found["episodes_built_total"][0] == 0
 
 
 def test_chat(client, server):

@@ -86,6 +86,7 @@ def test_the_least_recently_used_gives_way_but_not_what_is_on_offer(pool):
     assert len(store) == 3, "there was room already"
     store.make_room(free - 8)
     assert len(store) == 2 and store.find("b", [*histories["b"], 0], None, EVICTION) is None
+    assert (store.num_spilled, store.num_lost) == (0, 1), "there is no host memory"
     store.make_room(free)
     assert len(store) == 1, "what is on offer stays though room is short"
     store.settle()
@@ -255,9 +256,10 @@ def test_what_gives_way_is_stored_and_what_is_asked_for_comes_back(pool):
     tokens = keep(store, pool, "a")
     before = ids(ask(store, "a", tokens).blocks)
     assert not store.is_arriving("a") and store.settle() == ([], [])
+    assert store.block_ids(0) == set(before)
     (stored,), loads = spill_all(store, pool)
     assert stored.blocks == before and len(set(stored.slots)) == 3 and not loads
-    assert len(store) == 1 and pool.get_num_free_blocks() == free
+    assert len(store) == 1 and pool.get_num_free_blocks() == free and store.block_ids(0) == set()
     # The same checks as of one that is in the pool.
     changed = list(tokens)
     changed[secrets.randbelow(len(tokens))] ^= 1
@@ -311,6 +313,7 @@ def test_the_least_recently_used_gives_way_in_host_memory_too(pool):
     store.settle()  # the order is b, c, a
     stores, _ = spill_all(store, pool)
     assert len(store) == 2 and pool.get_num_free_blocks() == free
+    assert (store.num_spilled, store.num_lost) == (3, 1)
     assert set(stores[2].slots) & set(stores[0].slots) and not set(stores[2].slots) & set(stores[1].slots)
     assert ask(store, "b", tokens["b"]) is None
     # Who asks for the least recently used makes room by others, and not by the one asked for.
@@ -321,6 +324,7 @@ def test_the_least_recently_used_gives_way_in_host_memory_too(pool):
     (stored,), (loaded,) = store.settle()
     assert set(loaded.slots) == set(stores[1].slots) and not set(stored.slots) & set(loaded.slots)
     assert {name for name in "abcd" if ask(store, name, tokens[name])} == {"c"}, "no room for d; a was dropped for it"
+    assert (store.num_spilled, store.num_lost) == (4, 2)
     store.settle()
     store.clear()
     pool.free_blocks(found.blocks)
@@ -332,6 +336,7 @@ def test_an_entry_larger_than_host_memory_is_dropped_and_no_other_for_it(pool):
     tokens = {name: keep(store, pool, name, pages) for name, pages in (("a", 3), ("b", 5))}
     stores, _ = spill_all(store, pool)
     assert len(stores) == len(store) == 1 and ask(store, "b", tokens["b"]) is None and ask(store, "a", tokens["a"])
+    assert (store.num_spilled, store.num_lost) == (1, 1)
 
 
 def test_one_made_anew_or_cleared_leaves_nothing_in_host_memory(pool):

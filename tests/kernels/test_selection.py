@@ -9,7 +9,7 @@ import torch
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.formats import get_format
 from vllm_kvcompress.kernels import cuda_ops
-from vllm_kvcompress.kernels.selection import Case, choose_decode, choose_path
+from vllm_kvcompress.kernels.selection import Case, choose_decode, choose_path, expected_decode
 
 CASE = Case(head_dim=128, page_tokens=128, group=4, dtype=torch.bfloat16, page_format=get_format("oscar-int2"))
 BUILT, UNBUILT = (lambda: None), (lambda: "it is not compiled; install from source")
@@ -87,3 +87,26 @@ def test_decode_kernel(monkeypatch):
     assert choose_decode("auto", device, CASE) == ("triton", "no CUDA kernel: the driver is old")
     with pytest.raises(UnsupportedModelError, match="the driver is old"):
         choose_decode("cuda", device, CASE)
+
+
+@pytest.mark.parametrize(
+    "setting,capability,load,changes,kernel",
+    [
+        ("auto", HOPPER, BUILT, {}, "cuda"),
+        ("cuda", HOPPER, BUILT, {}, "cuda"),
+        ("triton", HOPPER, BUILT, {}, "triton"),
+        ("auto", AMPERE, BUILT, {}, "triton"),
+        ("auto", HOPPER, UNBUILT, {}, "triton"),
+        ("auto", HOPPER, BUILT, {"group": 17}, "triton"),
+    ],
+)
+def test_what_other_processes_expect_of_the_worker(monkeypatch, setting, capability, load, changes, kernel):
+    case, device = dataclasses.replace(CASE, **changes), torch.device("cuda")
+    monkeypatch.setattr(cuda_ops, "load", load)
+    monkeypatch.setattr(torch.ops.vllm_kvcompress, "cuda_versions", lambda: (13000, 13000), raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(cuda_ops, "is_available", cuda_ops.is_available.__wrapped__)
+    assert expected_decode(setting, capability, case) == kernel == choose_decode(setting, device, case)[0]

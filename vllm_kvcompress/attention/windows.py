@@ -111,6 +111,26 @@ class WindowManager(AdoptsBlocks, SlidingWindowManager):
         self._first_live_block: dict[str, int] = {}
         # The scheduler asks for every request in every step, so what never changes is not worked out again.
         self._sink_blocks = kv_cache_spec.sink_blocks
+        self.fallback_tokens = 0
+        """In the windows of requests when they took over blocks, and read from the pages: their blocks were missing"""
+
+    def held(self) -> set[int]:
+        """ids of the blocks that requests hold."""
+        sinks, held = self._sink_blocks, set()
+        for request_id, table in self.req_to_blocks.items():
+            first = self._first_live_block.get(request_id, sinks)
+            held |= {block.block_id for block in (*table[:sinks], *table[first:]) if not block.is_null}
+        return held
+
+    def _count_fallbacks(self, table: Sequence[KVCacheBlock]) -> None:
+        """Of a request whose first tokens, as many as these blocks have, are computed."""
+        size, spec = self.block_size, self.kv_cache_spec
+        computed = len(table) * size
+        sinks = min(spec.sink_tokens, computed)
+        for begin, end in ((0, sinks), (max(sinks, computed - spec.recent_tokens), computed)):
+            for block in range(begin // size, cdiv(end, size)):
+                if table[block].is_null:
+                    self.fallback_tokens += min(end, (block + 1) * size) - max(begin, block * size)
 
     @classmethod
     def find_longest_cache_hit(
@@ -197,6 +217,11 @@ class WindowManager(AdoptsBlocks, SlidingWindowManager):
             self.block_pool.touch([block for block in new_computed_blocks if not block.is_null])
         request_blocks.extend(new_computed_blocks)
         self.num_cached_block[request_id] = len(request_blocks)
+        self._count_fallbacks(request_blocks)
+
+    def allocate_external_computed_blocks(self, request_id: str, *args, **kwargs) -> None:
+        super().allocate_external_computed_blocks(request_id, *args, **kwargs)
+        self._count_fallbacks(self.req_to_blocks[request_id])
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Extend the request's table to `num_tokens`; blocks outside the next step's window are null."""

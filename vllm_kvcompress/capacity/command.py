@@ -9,10 +9,7 @@ which `vllm serve` takes too, nothing is estimated.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +22,7 @@ from vllm_kvcompress.config import NAMESPACE, Settings, load_settings
 from vllm_kvcompress.errors import KVCompressError
 from vllm_kvcompress.formats import is_ours
 from vllm_kvcompress.formats.base import PAGE_TOKENS
+from vllm_kvcompress.logs import quiet
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -99,21 +97,10 @@ def run(args: argparse.Namespace) -> int:
     given = {"sink_tokens": args.sinks, "recent_tokens": args.recent}
     settings = load_settings({NAMESPACE: {name: value for name, value in given.items() if value is not None}})
     folder = find_config(args.model)
-    with _quiet():
+    with quiet():
         text = _plan(args, folder, settings)
     print(text)
     return 0
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without vLLM's log, which goes to stdout and would be about an engine that is not started."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _plan(args: argparse.Namespace, folder: Path, settings: Settings) -> str:

@@ -8,6 +8,7 @@ the settings say so, are kept episodes: to host memory when they must give way a
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,8 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         """Requests whose scores workers may have"""
         self._host_slots = count_slots(vllm_config, kv_cache_config)
         self._store: EpisodeStore | None = None
+        self._counts: Counter[str] = Counter()
+        """Of `totals`; evicted tokens are the sum over the groups of pages"""
         self._worker: Any = None
         if role == KVConnectorRole.WORKER:
             from vllm_kvcompress.episodic.worker import EvictionWorker
@@ -164,6 +167,7 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         due: dict[str, list[tuple[int, Compaction]]] = {}
         for group, manager in self._page_managers():
             for compaction in manager.take_compactions():
+                self._counts["evicted_tokens"] += len(compaction.freed) * manager.block_size
                 due.setdefault(compaction.request_id, []).append((group, compaction))
         orders = [self._order(request_id, compactions) for request_id, compactions in due.items()]
         ranges = [
@@ -277,6 +281,8 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._store is not None
         restored = num_external_tokens > 0 and wanted.episode is not None and self._store.is_arriving(wanted.episode)
         self._reused[request.request_id] = (num_external_tokens, restored)
+        self._counts["episodes_reused"] += num_external_tokens > 0
+        self._counts["episodes_restored"] += restored
 
     def _settle(self) -> tuple[list[Copy], list[Copy]]:
         """Offers of the scheduling step are void now, taken or not. What `EpisodeStore.settle` gives."""
@@ -333,12 +339,25 @@ class EvictionConnector(KVConnectorBase_V1, SupportsHMA):
                 table = table[:sinks] + [manager.block_pool.null_block] * (len(table) - sinks)
             tables[group] = table
         prompt = request.all_token_ids[:num_tokens]
+        self._counts["episodes_built"] += 1
         scorer, summed = self._summed.get(request.request_id, (request.request_id, 0))
         kept = Kept(
             digest(prompt, request.cache_salt), num_tokens, wanted.eviction, tables, (scorer, min(summed, num_tokens))
         )
         self._store.keep(wanted.keep, kept)
         return num_tokens
+
+    def totals(self) -> dict[str, int]:
+        """What has happened so far, by the names of `operations.metrics`."""
+        assert self._store is not None
+        evicted = self._counts["evicted_tokens"] // len(self._page_managers())
+        spilled, lost = self._store.num_spilled, self._store.num_lost
+        return {**self._counts, "evicted_tokens": evicted, "episodes_spilled": spilled, "episodes_lost": lost}
+
+    @property
+    def store(self) -> EpisodeStore:
+        assert self._store is not None
+        return self._store
 
     def reset_cache(self) -> bool | None:
         if self._store is not None:

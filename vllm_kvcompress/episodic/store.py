@@ -66,6 +66,8 @@ class EpisodeStore:
         """In `_entries` too, with new blocks that hold nothing yet"""
         self._free_slots = list(range(host_slots))
         self._stores: list[Copy] = []
+        self.num_spilled, self.num_lost = 0, 0
+        """Entries so far that gave way to host memory, and for good"""
 
     def __len__(self) -> int:
         return len(self._entries) + len(self._spilled)
@@ -74,6 +76,11 @@ class EpisodeStore:
         """Requests whose scores, as workers have them, entries begin with."""
         entries = [*self._entries.values(), *(spilled.entry for spilled in self._spilled.values())]
         return {entry.summed[0] for entry in entries}
+
+    def block_ids(self, group: int) -> set[int]:
+        """Of the pool's blocks that entries own in a KV cache group."""
+        tables = (entry.tables[group] for entry in self._entries.values())
+        return {block.block_id for table in tables for block in table if not block.is_null}
 
     def keep(self, name: str, entry: Kept) -> None:
         """Own the entry's blocks too; an older one of the name is let go."""
@@ -158,11 +165,14 @@ class EpisodeStore:
         blocks = [block.block_id for block in entry.blocks]
         self._drop(name)
         if len(blocks) > len(self._free_slots) + sum(len(other.slots) for other in self._spilled.values()):
+            self.num_lost += 1
             return
         while len(blocks) > len(self._free_slots):
             self._drop(next(iter(self._spilled)))
+            self.num_lost += 1
         slots, self._free_slots = self._free_slots[: len(blocks)], self._free_slots[len(blocks) :]
         self._spilled[name] = _Spilled(entry, slots)
+        self.num_spilled += 1
         self._stores.append(Copy(blocks, slots))
 
     def _drop(self, name: str) -> None:

@@ -71,6 +71,11 @@ def is_available(device: torch.device) -> tuple[bool, str]:
     if capability != CAPABILITY:
         name, wanted, found = torch.cuda.get_device_name(device), _dotted(CAPABILITY), _dotted(capability)
         return False, f"it is written for compute capability {wanted} (H100, H200), {name} has {found}"
+    return is_loadable()
+
+
+def is_loadable() -> tuple[bool, str]:
+    """As `is_available`, on the assumption that the device is one it is written for. Does not initialise CUDA."""
     reason = load()
     if reason is not None:
         return False, reason

@@ -84,6 +84,15 @@ def choose_decode(setting: KernelSetting, device: torch.device, case: Case) -> t
     return "triton", f"no CUDA kernel: {reason}"
 
 
+def expected_decode(
+    setting: KernelSetting, capability: tuple[int, int] | None, case: Case
+) -> Literal["cuda", "triton"]:
+    """What `choose_decode` comes to in the workers, for the processes that serve none. Does not initialise CUDA."""
+    if setting == "triton" or no_cuda_op(case) is not None or capability != cuda_ops.CAPABILITY:
+        return "triton"
+    return "cuda" if cuda_ops.is_loadable()[0] else "triton"
+
+
 def no_cuda_op(case: Case) -> str | None:
     """Why the CUDA decode op cannot serve a case on any device; None if it can."""
     if case.head_dim not in cuda_ops.HEAD_DIMS:
