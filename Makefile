@@ -9,7 +9,7 @@ MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
 # names: by default files of few tests come last, and those are the engines, which then leave one process idle.
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long test-gpu lint format bench clean
+.PHONY: demo test test-long test-gpu docs lint format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvcompress demo $(MODEL_FLAG) --kv-cache-dtype $(FORMAT)
@@ -24,6 +24,11 @@ test-long: $(VENV)/.dev
 # Everything that runs on a GPU; elsewhere tests/gpu is skipped with the reason and the others are interpreted.
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -rs tests/gpu tests/triton_kernels tests/attention
+
+# The site is build/docs/index.html; warnings are errors.
+docs: $(VENV)/.dev
+	$(BIN)/python docs/settings_reference.py
+	$(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

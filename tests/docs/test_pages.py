@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages of docs/: the site is built without warnings, links lead somewhere, and pages say what the code says."""
+
+import ast
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from vllm_kvcompress import recipes
+from vllm_kvcompress.episodic import request
+from vllm_kvcompress.episodic.settings import Policy
+from vllm_kvcompress.formats import format_names, get_format
+from vllm_kvcompress.formats.base import PAGE_TOKENS
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+def build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+
+def test_site(tmp_path):
+    done = build(ROOT, tmp_path)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    for page in PAGES:
+        html = (tmp_path / page.with_suffix(".html").name).read_text(encoding="utf-8")
+        for target in re.findall(r'(?:src|href)="(?!https?:|#|mailto:)([^"#]+)', html):
+            assert (tmp_path / target).exists(), f"{page.name} -> {target}"
+    assert not list(tmp_path.rglob("*.py"))
+
+
+@pytest.mark.parametrize("fault", ["[a](nowhere.md)", "[a](formats.md#nowhere)", "[a](../README.md)", "![a](a.png)"])
+def test_faults_fail_the_build(fault, tmp_path):
+    for name in ("mkdocs.yml", "docs", "csrc/README.md", "benchmarks/results"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / name, tmp_path / name)
+    with (tmp_path / "docs/index.md").open("a", encoding="utf-8") as page:
+        page.write(f"\n{fault}\n")
+    done = build(tmp_path, tmp_path / "site")
+    assert done.returncode != 0 and "WARNING" in done.stderr
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_links_in_the_repository(page):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_settings_reference_is_current():
+    reference = runpy.run_path(str(DOCS / "settings_reference.py"))
+    page = (DOCS / "settings.md").read_text(encoding="utf-8")
+    assert reference["updated"](page) == page, "run: python docs/settings_reference.py"
+
+
+def rows(page: str, heading: str) -> dict[str, list[str]]:
+    """Of the first table below a heading: name in its first column -> the other cells."""
+    text = "\n" + (DOCS / page).read_text(encoding="utf-8")
+    text = text.split(f"\n{heading}\n")[1]
+    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return {first.strip("`"): rest for first, *rest in cells}
+
+
+def test_formats():
+    found = rows("formats.md", "# Formats")
+    assert found.keys() == set(format_names())
+    for name, (rotation, centring, calibration, sizes, ratio) in found.items():
+        page_format = get_format(name)
+        per_token = [page_format.layout(dim, PAGE_TOKENS).bytes_per_token for dim in (64, 96, 128, 256)]
+        assert sizes == " / ".join(map(str, per_token))
+        assert ratio.split("x")[0] == f"{512 / per_token[2]:.1f}"
+        assert rotation.lower() == page_format.rotation
+        assert centring == {"page": "mean per page", "static": "calibrated mean", "none": "none"}[page_format.centring]
+        optional = "optional" if page_format.splits_channels else "no"
+        assert calibration == ("yes" if page_format.needs_calibration else optional)
+
+
+def test_recipes():
+    found = {
+        name: (int(sinks), int(recent), why) for name, (sinks, recent, why) in rows("settings.md", "## Recipes").items()
+    }
+    assert found == {r.pattern.replace("\\", ""): (r.sink_tokens, r.recent_tokens, r.reason) for r in recipes.RECIPES}
+
+
+def test_request_arguments():
+    names = request.BUDGET, request.POLICY, request.GUIDE, request.PROTECT, request.KEEP, request.EPISODE
+    assert rows("conversations.md", "## By hand").keys() == set(names)
+    assert rows("conversations.md", "## Policies").keys() == set(get_args(Policy))
+
+
+def templates() -> list[str]:
+    """Every string of the source; NUL for what is put in, but for constants of that name."""
+    trees = [
+        ast.parse(path.read_text(encoding="utf-8"))
+        for top in ("vllm_kvcompress", "calibration")
+        for path in sorted((ROOT / top).rglob("*.py"))
+    ]
+    constants = {
+        node.targets[0].id: node.value.value
+        for tree in trees
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+    }
+
+    def text(part: ast.expr) -> str:
+        if isinstance(part, ast.Constant):
+            return re.sub("%[sd]", "\0", str(part.value))  # of a logger
+        name = part.value.id if isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Name) else None
+        return constants[name] if isinstance(constants.get(name), str) else "\0"
+
+    found = []
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(map(text, node.values)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(text(node))
+    return found
+
+
+def says(template: str, message: str) -> bool:
+    """Whether the fixed parts of a message occur in a template in their order, something put in between them."""
+    end = 0
+    for number, part in enumerate(message.split("…")):
+        if number:
+            end = template.find("\0", end) + 1
+            if end == 0:
+                return False
+        begin = template.find(part, end)
+        if begin < 0:
+            return False
+        end = begin + len(part)
+    return True
+
+
+def test_messages():
+    """What Troubleshooting quotes is still said, … standing for one or more things put in."""
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) == len(re.findall(r"^\| (?!message)", page, re.MULTILINE))
+    source = templates()
+    assert not [message for message in messages if not any(says(template, message) for template in source)]
+
+
+def test_messages_that_nobody_says():
+    template = "layer \0 of \0 is lost; calibrate \0"
+    assert says(template, "layer … of … is lost") and says(template, "is lost; calibrate …")
+    for message in ("layer … is last", "is lost; layer …", "layer of …", "… layer"):
+        assert not says(template, message)
