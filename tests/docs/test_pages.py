@@ -98,63 +98,103 @@ def test_request_arguments():
     assert rows("conversations.md", "## Policies").keys() == set(get_args(Policy))
 
 
-def templates() -> list[str]:
-    """Every string of the source; NUL for what is put in, but for constants of that name."""
-    trees = [
-        ast.parse(path.read_text(encoding="utf-8"))
-        for top in ("vllm_kvcompress", "calibration")
-        for path in sorted((ROOT / top).rglob("*.py"))
-    ]
-    constants = {
-        node.targets[0].id: node.value.value
-        for tree in trees
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.Constant)
-    }
-
-    def text(part: ast.expr) -> str:
-        if isinstance(part, ast.Constant):
-            return re.sub("%[sd]", "\0", str(part.value))  # of a logger
-        name = part.value.id if isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Name) else None
-        return constants[name] if isinstance(constants.get(name), str) else "\0"
-
-    found = []
-    for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.JoinedStr):
-            found.append("".join(map(text, node.values)))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.append(text(node))
-    return found
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for top in ("vllm_kvcompress", "calibration")
+    for path in sorted((ROOT / top).rglob("*.py"))
+    if not path.is_relative_to(ROOT / "vllm_kvcompress/calibration")  # a link to the other
+}
+CONSTANTS = {
+    node.targets[0].id: node.value.value
+    for tree in SOURCES.values()
+    for node in tree.body
+    if isinstance(node, ast.Assign)
+    and isinstance(node.targets[0], ast.Name)
+    and isinstance(node.value, ast.Constant)
+    and isinstance(node.value.value, str)
+}
 
 
-def says(template: str, message: str) -> bool:
-    """Whether the fixed parts of a message occur in a template in their order, something put in between them."""
+def template(node: ast.expr) -> str:
+    """A string of the source; NUL for what is put in, but for constants of a module."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(template, node.values))
+    if isinstance(node, ast.Constant):
+        return re.sub("%[sd]", "\0", str(node.value))  # of a logger
+    if isinstance(node, ast.BinOp):
+        return template(node.left) + template(node.right)
+    inner = node.value if isinstance(node, ast.FormattedValue) else node
+    return CONSTANTS.get(inner.id, "\0") if isinstance(inner, ast.Name) else "\0"
+
+
+def says(text: str, message: str) -> bool:
+    """Whether the fixed parts of a message occur in a text of the source in their order, things put in between."""
     end = 0
     for number, part in enumerate(message.split("…")):
         if number:
-            end = template.find("\0", end) + 1
+            end = text.find("\0", end) + 1
             if end == 0:
                 return False
-        begin = template.find(part, end)
+        begin = text.find(part, end)
         if begin < 0:
             return False
         end = begin + len(part)
     return True
 
 
-def test_messages():
-    """What Troubleshooting quotes is still said, … standing for one or more things put in."""
+def quoted() -> list[str]:
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
     assert len(messages) == len(re.findall(r"^\| (?!message)", page, re.MULTILINE))
-    source = templates()
-    assert not [message for message in messages if not any(says(template, message) for template in source)]
+    return messages
+
+
+def test_quoted_messages_are_said():
+    """… stands for one or more things put in."""
+    strings = [
+        template(node)
+        for tree in SOURCES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    ]
+    assert not [message for message in quoted() if not any(says(text, message) for text in strings)]
+
+
+REFUSALS = {"KVCompressError", "RotationError", "UnsupportedModelError"}
+TO_PROGRAMMERS = {
+    "layers … do not match the metadata's …",
+    "layer …: … is …, expected …",
+    "a request cannot change the embedder: …",
+    "a window needs at least 1 utterance, …",
+}
+EXPLAINED = (
+    "calibration/",
+    *(
+        f"vllm_kvcompress/{name}"
+        for name in ("checks", "config", "rotations/", "episodic/", "kernels/", "formats/base")
+    ),
+    *(
+        f"vllm_kvcompress/{name}"
+        for name in ("attention/", "serving/", "compat", "capacity/command", "capacity/weights")
+    ),
+)
+
+
+def test_refusals_are_explained():
+    """Each of a server, of calibration and of planning is found on the page."""
+    messages = [*quoted(), *TO_PROGRAMMERS]
+    missing = []
+    for path, tree in SOURCES.items():
+        for node in ast.walk(tree) if path.startswith(EXPLAINED) else ():
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in REFUSALS:
+                text = template(node.args[0])
+                if set(text) - {"\0"} and not any(says(text, message) for message in messages):
+                    missing.append(f"{path}:{node.lineno}: {text}".replace("\0", "…"))
+    assert not missing, "\n".join(missing)
 
 
 def test_messages_that_nobody_says():
-    template = "layer \0 of \0 is lost; calibrate \0"
-    assert says(template, "layer … of … is lost") and says(template, "is lost; calibrate …")
+    text = "layer \0 of \0 is lost; calibrate \0"
+    assert says(text, "layer … of … is lost") and says(text, "is lost; calibrate …")
     for message in ("layer … is last", "is lost; layer …", "layer of …", "… layer"):
-        assert not says(template, message)
+        assert not says(text, message)
