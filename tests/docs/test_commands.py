@@ -2,13 +2,14 @@
 """Commands of the pages in docs/: what a block is marked with decides what happens to it.
 
 `<!-- run -->`: run, in the page's order, in a folder with a small random model, where every word stands as in the page.
-`<!-- needs a GPU -->`, or no mark (what starts an engine, or installs): given to the parser that reads it.
-`<!-- tested by PATH -->`: a test of its own runs it.
+`<!-- needs a GPU -->`, `<!-- needs a container engine -->`, or no mark (what starts an engine, or installs): given to
+the parser that reads it, or its files looked for.
 """
 
 import argparse
 import ast
 import importlib
+import itertools
 import json
 import os
 import re
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 LANGUAGES = {"bash", "python", "json", "text"}
 _FENCE = re.compile(r"(?:<!-- ([^>]*) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-_TESTED = "tested by "
+MARKS = {"", "run", "needs a GPU", "needs a container engine"}
 _INLINE = re.compile(r"`((?:kvcompress|vllm serve|make) [^`…\[]*)`")
 
 
@@ -109,6 +110,13 @@ def check(serve_parser, monkeypatch):
         elif program == "docker/install.sh":
             assert os.access(ROOT / program, os.X_OK) and set(arguments) <= {"cpu", "cuda"}
             assert all(f"${{{name}:-" in (ROOT / program).read_text() for name in command.environ)
+        elif program in ("docker", "kubectl"):
+            if arguments[0] == "run":
+                image = next(i for i, word in enumerate(arguments) if word.startswith("vllm-kvcompress:"))
+                options, inside = arguments[:image], arguments[image + 1 :]
+                check(Command({}, [*(["kvcompress"] if "kvcompress" in options else ["vllm", "serve"]), *inside]))
+            files = [path for flag, path in itertools.pairwise(arguments) if flag == "-f"]
+            assert all((ROOT / path).is_file() for path in files) and (files or arguments[0] == "run")
         else:
             pytest.fail(f"no parser here reads {shlex.join(command.words)!r}: mark its block, or add one")
 
@@ -123,10 +131,7 @@ def test_blocks(page):
     assert len(re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)) == 2 * len(found)
     for block in found:
         assert block.language in LANGUAGES
-        if block.mark.startswith(_TESTED):
-            assert (ROOT / block.mark.removeprefix(_TESTED)).is_file()
-        else:
-            assert block.mark in ("", "run", "needs a GPU")
+        assert block.mark in MARKS
         assert not block.mark or block.language in ("bash", "python")
 
 
@@ -134,7 +139,7 @@ def test_blocks(page):
 def test_commands_are_read(page, check):
     """Those in the text too, unless they have left something out."""
     for block in blocks(page):
-        if block.language == "bash" and not block.mark.startswith(_TESTED):
+        if block.language == "bash":
             found = commands(block.text)
             assert found
             for command in found:
@@ -157,6 +162,8 @@ def test_commands_are_read(page, check):
         """vllm serve MODEL --additional-config '{"kvcompress": {"sinks": 1}}'""",
         "VLLM_KVCOMPRESS_EPISODIC='{}' vllm serve MODEL",
         "make tests",
+        "docker compose -f docker/compose.yml up",
+        "docker run vllm-kvcompress:cuda MODEL --kv-cache-dtype oscar-int3",
         "curl http://localhost:8000",
     ],
 )

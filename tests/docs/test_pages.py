@@ -98,6 +98,17 @@ def test_request_arguments():
     assert rows("conversations.md", "## Policies").keys() == set(get_args(Policy))
 
 
+def test_metrics():
+    from vllm_kvcompress.operations import metrics
+
+    counters = {name for name, metric in metrics.METRICS.items() if metric.kind == "counter"}
+    found = rows("operations.md", "## Metrics")
+    known = {f"{metrics.PREFIX}{name}{'_total' * (name in counters)}" for name in metrics.METRICS}
+    assert found.keys() == known | {f"{metrics.PREFIX}info", f"{metrics.PREFIX}compression_ratio"}
+    for name, (kind, _) in found.items():
+        assert kind == ("1" if name.endswith("info") else "counter" if name.endswith("_total") else "gauge")
+
+
 SOURCES = {
     path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
     for top in ("vllm_kvcompress", "calibration")
