@@ -181,7 +181,8 @@ def engine_arguments(args: argparse.Namespace, model: Path, setup: Setup) -> dic
     token_bytes = (
         2 * (4 if args.dry_run else 2) * args.shape["head_dim"] * args.shape["num_key_value_heads"] * args.layers
     )
-    held = 2 * args.budget + 4 * args.block if setup.evicts else max_model_len
+    # vLLM starts only where a request of the greatest length fits, whether requests evict or not.
+    held = max(max_model_len, most * (2 * args.budget + 4 * args.block)) if setup.evicts else most * max_model_len
     settings: dict[str, Any] = {"episodic": {"budget": args.budget, "block_tokens": args.block}} if setup.evicts else {}
     found = {
         "model": str(model),
@@ -190,8 +191,7 @@ def engine_arguments(args: argparse.Namespace, model: Path, setup: Setup) -> dic
         "max_model_len": max_model_len,
         "max_num_seqs": most,
         "max_num_batched_tokens": args.block,
-        # A block of every request at least, where all are read at once; + the null block.
-        "kv_cache_memory_bytes": token_bytes * (most * held + 1024),
+        "kv_cache_memory_bytes": token_bytes * (held + 1024),  # + the null block and windows
         "gpu_memory_utilization": 0.1,  # only checked against what is free at the start: the bytes are given
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
