@@ -26,6 +26,7 @@ def compact(
     scores: torch.Tensor,
     protected: torch.Tensor,
     is_first: bool,
+    clip_k: torch.Tensor,
     *,
     sketch: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -35,6 +36,7 @@ def compact(
     ends the engine for every request. What makes it has made NaN of a model's output before, for this request alone.
 
     Args:
+        clip_k: [H] float32, contiguous.
         protected: no more than the budget, itself no more than the sources.
         sketch: S of `quantizers.qjl`, contiguous float16 [D, D], if the keys have signs; else None.
 
@@ -58,7 +60,7 @@ def compact(
             limit = torch.finfo(torch.float16).max
             common = keys.mean(0).clamp(-limit, limit).half()
         fields.k_mean[1:] = common
-        _requantise(staged, layout, keys, sketch)
+        _requantise(staged, layout, keys, clip_k, sketch)
         same = (own == common.unsqueeze(1)).all(-1)  # [H, num_sources]
         unchanged = same.gather(1, kept // layout.page_tokens)
         _gather_rows(pages, layout, table, kept, staged, unchanged)
@@ -96,13 +98,14 @@ def _survivors(
     return keys.add_(means.gather(1, page).transpose(0, 1))
 
 
-def _requantise(staged: torch.Tensor, layout: PageLayout, keys: torch.Tensor, sketch: torch.Tensor | None) -> None:
-    """Write keys [M, H, D] float32, the whole range of each, to pages 1.. around the means that are there.
+def _requantise(
+    staged: torch.Tensor, layout: PageLayout, keys: torch.Tensor, clip_k: torch.Tensor, sketch: torch.Tensor | None
+) -> None:
+    """Write keys [M, H, D] float32 to pages 1.. around the means that are there.
 
     The rows' values are overwritten too: the caller has yet to put them there.
     """
-    count, heads, _ = keys.shape
-    whole_range = torch.ones(heads, device=keys.device)
+    count = len(keys)
     nothing = torch.zeros(0, dtype=torch.int32, device=keys.device)  # no request begins a page: means stay
     store(
         staged,
@@ -116,8 +119,8 @@ def _requantise(staged: torch.Tensor, layout: PageLayout, keys: torch.Tensor, sk
         k_rotation=None,
         v_rotation=None,
         k_mean=None,
-        clip_k=whole_range,
-        clip_v=whole_range,
+        clip_k=clip_k,
+        clip_v=clip_k,
         window_cache=None,
         window_slots=None,
         window_dtype=torch.float16,

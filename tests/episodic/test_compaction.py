@@ -94,6 +94,7 @@ class Memory:
             scores,
             protected_slots(policy, self.num_slots, num_sources * PAGE, budget * PAGE, protected, table.device),
             is_first,
+            1.0,
         )
         self.unused += self.table[budget:num_sources]
         del self.table[budget:num_sources]

@@ -49,7 +49,8 @@ class Memory:
         """What kernels and oracle keep, and the pages that they leave. protected: of slots, or the first so many."""
         if isinstance(protected, int):
             protected = torch.arange(num_sources * PAGE) < protected
-        common = self.layout, self.table, num_sources, targets, scores, protected, is_first
+        clip = torch.empty(self.heads).uniform_(0.7, 1.0)
+        common = self.layout, self.table, num_sources, targets, scores, protected, is_first, clip
         expected = self.pages.clone()
         there = [x.to(device) if isinstance(x, torch.Tensor) else x for x in common]
         pages = torch.empty_strided(self.pages.shape, self.pages.stride(), dtype=torch.uint8, device=device)

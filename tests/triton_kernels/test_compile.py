@@ -124,7 +124,8 @@ def compact(name, dim, policy, group=GROUP, budget=1, offset=False):
     slots = Slots(pages, layout, table, budget * 128 + 100, workspace, sketch)
     scores = score(POLICIES[policy], slots, queries, torch.empty(HEADS, dim) if offset else None, 0.1)
     protected = torch.zeros(budget * 128, dtype=torch.bool)
-    compact(pages, layout, table, budget, table[:budget], scores, protected, True, sketch=sketch)
+    clip = torch.ones(pages.shape[1])
+    compact(pages, layout, table, budget, table[:budget], scores, protected, True, clip, sketch=sketch)
 
 
 def merge(dim, dtype, rotated=True):

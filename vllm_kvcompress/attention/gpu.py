@@ -267,9 +267,11 @@ class GpuAttention:
         is_first: bool,
     ) -> torch.Tensor:
         """Evict from one request's pages, in place: `triton_kernels.compact.compact`, whose result this is."""
+        constants = self.constants
         return compact(
-            pages, layout, table, num_sources, targets, scores, protected, is_first, sketch=self.constants.sketch
-        )
+            pages, layout, table, num_sources, targets, scores, protected, is_first, constants.clip_k,
+            sketch=constants.sketch,
+        )  # fmt: skip
 
     def _store(
         self,

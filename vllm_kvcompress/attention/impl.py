@@ -373,7 +373,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         pages, layout = self._pages(kv_cache)
         if self._gpu is not None:
             return self._gpu.compact(pages, layout, table, **arguments)
-        return compaction.compact(pages, layout, table, **arguments)
+        return compaction.compact(pages, layout, table, **arguments, clip_k=self._clip_k)
 
     def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, PageLayout]:
         """[num_pages, H, head_bytes] uint8, and what is where in them."""
