@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not long"
 
-# What takes minutes and several processes: a soak, two workers against one.
+# What takes minutes: a soak, two workers or engines against one, an engine compiled by Inductor.
 test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest -m long
 

@@ -13,6 +13,7 @@ from vllm_kvcompress.rotations import LayerRotation, RotationMetadata, RotationS
 
 LAYERS, HEADS, DIM = 2, 2, 64
 NGRAM = {"method": "ngram", "prompt_lookup_max": 2}
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def save_model(folder: Path, **changes) -> Path:
@@ -177,11 +178,80 @@ def test_head_size(tmp_path):
     refused(save_model(tmp_path / "m", head_dim=80), "80", "64, 96, 128, 256", dtype="hadamard-int2")
 
 
+@pytest.mark.parametrize(
+    "kind,word",
+    [
+        pytest.param(
+            "use_mla", "(MLA)", marks=pytest.mark.feature("MLA", "refused", "its latents are compressed already")
+        ),
+        pytest.param(
+            "is_hybrid", "state-space", marks=pytest.mark.feature("hybrids with state-space layers", "refused")
+        ),
+        pytest.param(
+            "is_encoder_decoder", "encoder-decoder", marks=pytest.mark.feature("encoder-decoder models", "refused")
+        ),
+    ],
+)
+def test_kinds_of_models(model, monkeypatch, kind, word):
+    """As vLLM tells them apart: to ask it about a real one takes a process that imports the model."""
+    config = configure(model, dtype="hadamard-int2")
+    monkeypatch.setattr(type(config.model_config), kind, property(lambda self: True))
+    with pytest.raises(ValueError, match=word) as caught:
+        checks.check_config(config)
+    assert "--kv-cache-dtype auto" in str(caught.value)
+
+
+@pytest.mark.feature("soft-capped attention logits", "refused")
+def test_soft_cap(tmp_path):
+    refused(save_model(tmp_path / "m", attn_logit_softcapping=30.0), "soft-capped", "auto", dtype="hadamard-int2")
+
+
+@pytest.mark.feature("embedding and other pooling models", "refused", "they read each cache once")
+def test_pooling(model):
+    refused(model, "runner 'pooling'", "auto", dtype="hadamard-int2", runner="pooling", convert="embed")
+
+
+@pytest.mark.feature("sleep mode", "refused", "remove --enable-sleep-mode")
+def test_sleep_mode(model):
+    """vLLM has none on the CPU, so the flag is set once that is past."""
+    config = configure(model, dtype="hadamard-int2")
+    config.model_config.enable_sleep_mode = True
+    with pytest.raises(ValueError, match="--enable-sleep-mode"):
+        checks.check_config(config)
+
+
+@pytest.mark.parametrize(
+    "arguments,word",
+    [
+        pytest.param(
+            {"sinks": torch.zeros(4)},
+            "sink",
+            id="sinks",
+            marks=pytest.mark.feature("attention sinks in the model", "refused"),
+        ),
+        pytest.param({"alibi_slopes": [0.5] * 4}, "ALiBi", id="ALiBi", marks=pytest.mark.feature("ALiBi", "refused")),
+        pytest.param({"logits_soft_cap": 30.0}, "soft-capped", id="soft cap"),
+        pytest.param({"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"}, "sharing", id="sharing"),
+    ],
+)
+def test_layers_of_models(model, arguments, word):
+    """What no configuration tells: the layer is asked when the model is built."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    config = configure(model, dtype="hadamard-int2")
+    with set_current_vllm_config(config), pytest.raises(checks.KVCompressError, match=word) as caught:
+        layer = {"num_heads": 4, "head_size": DIM, "scale": 1.0, "num_kv_heads": HEADS}
+        Attention(**layer, cache_config=config.cache_config, prefix="model.layers.1.self_attn.attn", **arguments)
+    assert "--kv-cache-dtype auto" in str(caught.value)
+
+
 @pytest.mark.parametrize("block_size", [16, 40, 64, 192])
 def test_block_size(model, block_size):
     refused(model, "--block-size", f"got {block_size}", dtype="hadamard-int2", block_size=block_size)
 
 
+@pytest.mark.feature("models with nothing but sliding windows", "refused", "no cache grows with the context")
 def test_sliding_window(tmp_path):
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -219,9 +289,6 @@ def save_gemma(folder: Path, kinds: list[str]) -> Path:
     return folder
 
 
-SLIDING, FULL = "sliding_attention", "full_attention"
-
-
 def test_only_sliding_windows_among_the_kinds(tmp_path):
     refused(save_gemma(tmp_path / "m", [SLIDING] * 2), "every layer has a sliding window", dtype="hadamard-int2")
 
@@ -249,6 +316,7 @@ def test_sliding_windows_beside_full_attention(tmp_path, monkeypatch):
     refused(model, "no rotation for layer 0, 2", disable_sliding_window=True, max_model_len=128)
 
 
+@pytest.mark.feature("chunked local attention", "refused")
 def test_chunked_attention(tmp_path):
     path = save_gemma(tmp_path / "m", [SLIDING, FULL]) / "config.json"
     path.write_text(path.read_text().replace(SLIDING, "chunked_attention"))
@@ -259,7 +327,13 @@ def test_chunked_attention(tmp_path):
     "arguments,word",
     [
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
-        ({"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers"),
+        pytest.param(
+            {"kv_cache_dtype_skip_layers": ["0"]},
+            "--kv-cache-dtype-skip-layers",
+            marks=pytest.mark.feature(
+                "--kv-cache-dtype-skip-layers", "refused", "sliding-window layers are skipped unasked"
+            ),
+        ),
         ({"speculative_config": {**NGRAM, "num_speculative_tokens": 8}}, "at most 7"),
     ],
     ids=["hybrid manager", "skip layers", "many drafts"],
@@ -314,6 +388,7 @@ def test_arguments_of_a_request(model):
         checks.check_request(evicting, SamplingParams(extra_args={"kvcompress_budgte": "x"}))
 
 
+@pytest.mark.feature("micro-batching (--enable-dbo)", "refused")
 def test_micro_batching(model):
     config = configure(model, dtype="hadamard-int2")
     config.parallel_config.enable_dbo = True
@@ -321,6 +396,18 @@ def test_micro_batching(model):
         checks.check_config(config)
 
 
+@pytest.mark.feature("context parallelism", "refused")
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_context_parallelism(model, kind):
+    config = configure(model, dtype="hadamard-int2")
+    setattr(config.parallel_config, f"{kind}_context_parallel_size", 2)
+    with pytest.raises(ValueError, match="context-parallel sizes to 1"):
+        checks.check_config(config)
+
+
+@pytest.mark.feature(
+    "drafts of a model (draft model, EAGLE, MTP)", "refused", "their layers have no rotations in the file"
+)
 def test_drafts_need_no_cache_of_their_own(model):
     """Drafts looked up in the prompt are served; those of a model, whose layers would need rotations, are refused."""
     drafts = {**NGRAM, "num_speculative_tokens": 7}
@@ -368,12 +455,14 @@ def test_eviction_is_turned_on_by_its_settings(model, tokens):
 
 
 @on_cpu
+@pytest.mark.feature("KV connectors and offloading", "refused", "eviction is one, and there can be one")
 @pytest.mark.parametrize("settings", [None, EPISODIC])
 def test_other_connectors_are_refused(model, settings):
     from vllm.config import KVTransferConfig
 
     other = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
     refused(model, "remove --kv-transfer-config", dtype="hadamard-int2", settings=settings, kv_transfer_config=other)
+    refused(model, "--kv-offloading-size", dtype="hadamard-int2", settings=settings, kv_offloading_size=1.0)
 
 
 def by_sensitivity(**settings):

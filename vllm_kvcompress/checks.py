@@ -177,7 +177,7 @@ def _turn_on_eviction(vllm_config: VllmConfig) -> None:
             "kvcompress or --dtype float32",
         ),
         (
-            own is not None and own.kv_connector_module_path != _CONNECTOR_MODULE,
+            _other_connector(vllm_config),
             "eviction is a KV connector and there can be one; remove --kv-transfer-config and --kv-offloading-size",
         ),
         (
@@ -198,6 +198,13 @@ def _turn_on_eviction(vllm_config: VllmConfig) -> None:
     longest = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
     scheduler.long_prefill_token_threshold = min(longest, episodic.block_tokens)
     scheduler.long_prefill_token_threshold_adaptive = False  # it would let steps grow past a block
+
+
+def _other_connector(vllm_config: VllmConfig) -> bool:
+    """Whether a KV connector is asked for that is not ours; --kv-offloading-size makes one after this check."""
+    own = vllm_config.kv_transfer_config
+    foreign = own is not None and own.kv_connector_module_path != _CONNECTOR_MODULE
+    return foreign or vllm_config.cache_config.kv_offloading_size is not None
 
 
 def evicts(vllm_config: VllmConfig) -> bool:
@@ -330,6 +337,10 @@ def unsupported_reasons(vllm_config: VllmConfig) -> list[str]:
         (model_config.runner_type != "generate", f"runner {model_config.runner_type!r} keeps no KV cache to compress"),
         (model_config.is_hybrid, "hybrid models with state-space layers are not supported"),
         (
+            bool(getattr(text_config, "attn_logit_softcapping", None)),
+            "soft-capped attention logits, which this model uses, are not supported",
+        ),
+        (
             not full_layers,
             "every layer has a sliding window, so no cache grows with the context and there is nothing to save",
         ),
@@ -342,13 +353,16 @@ def unsupported_reasons(vllm_config: VllmConfig) -> list[str]:
             f"speculative decoding {drafts}; remove --speculative-config",
         ),
         (
-            vllm_config.kv_transfer_config is not None
-            and vllm_config.kv_transfer_config.kv_connector_module_path != _CONNECTOR_MODULE,
+            _other_connector(vllm_config),
             "KV connectors are not supported yet; remove --kv-transfer-config and --kv-offloading-size",
         ),
         (
             cache.kv_cache_dtype_skip_layers not in allowed_skips,
             f"--kv-cache-dtype-skip-layers {cache.kv_cache_dtype_skip_layers} is not supported; remove it",
+        ),
+        (
+            model_config.enable_sleep_mode,
+            "sleep mode is not supported: level 2 discards the rotations with the weights; remove --enable-sleep-mode",
         ),
         (
             parallel.use_ubatching,

@@ -127,6 +127,7 @@ def test_windows_that_hold_everything_equal_auto(tiny_model):
 
 
 @pytest.mark.parametrize("kernels,max_tokens", [("auto", 60), ("triton", 12)])
+@pytest.mark.feature("n-gram speculative decoding", "works")
 def test_rejected_drafts_leave_no_trace(tiny_model, kernels, max_tokens):
     """Their keys and values are written over before they are read, in pages and windows, across page boundaries."""
     pattern = prompts(7)[0]

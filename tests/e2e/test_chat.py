@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import json, os, sys
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -49,6 +51,7 @@ print("REPORT " + json.dumps(report))
 """
 
 
+@pytest.mark.feature("eviction and episodes", "works")
 def test_a_conversation(demo_model):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(demo_model)], capture_output=True, text=True, timeout=600, env=os.environ

@@ -136,6 +136,7 @@ def largest_difference(ours, theirs, field="prompt_logprobs"):
     return worst
 
 
+@pytest.mark.feature("chunked prefill", "works")
 @pytest.mark.parametrize("windows", [{"sink_tokens": MAX_LEN, "recent_tokens": 0}, {"recent_tokens": MAX_LEN}])
 def test_windows_that_hold_everything_equal_auto(tiny_model, windows):
     """Chunked prefill, mixed batches and decoding, all history read from the companion blocks."""
@@ -150,6 +151,7 @@ def test_windows_that_hold_everything_equal_auto(tiny_model, windows):
     assert largest_difference(shifted, moved) > 10 * BF16_WINDOWS, "the comparison must be able to fail"
 
 
+@pytest.mark.feature("prefix caching", "works")
 def test_prefix_hits_are_full_and_right(tiny_model):
     """A repeated prompt hits every whole page; its result stays that of the cold run (windows hold everything)."""
     batch = prompts(700, 300)
@@ -167,6 +169,7 @@ def test_prefix_hits_are_full_and_right(tiny_model):
     assert largest_difference(longer, fresh, "logprobs") < BF16_WINDOWS
 
 
+@pytest.mark.feature("prefix caching", "works")
 def test_prefix_hits_are_not_limited_by_missing_windows(tiny_model):
     """Windows that were recycled cost accuracy, never hit length: their tokens are read from the 2-bit pages."""
     batch = prompts(900, 500)
@@ -219,6 +222,7 @@ def test_fewer_bits_differ_more(tiny_model):
     assert 0 < differences[0] < differences[1] < differences[2] < float("inf")
 
 
+@pytest.mark.feature("models in bf16, fp16 and fp32", "works")
 def test_quality_of_calibrated_pages(demo_model):
     """Perplexity of a real text read from the pages: fed in steps of 64 tokens, so that history is never exact.
 
@@ -251,6 +255,7 @@ def test_without_windows_there_is_no_companion(tiny_model):
     assert not [name for name in report["caches"] if name.endswith(".window")]
 
 
+@pytest.mark.feature("preemption", "works")
 def test_preempted_requests_finish_as_if_undisturbed(tiny_model):
     """A pool too small for all: requests are preempted, recomputed, and give what they give with room to spare."""
     batch = prompts(*[24] * 8)
@@ -291,6 +296,7 @@ def test_auto_is_untouched_by_the_plugin(tiny_model):
     assert with_plugin["caches"] == without["caches"]
 
 
+@pytest.mark.feature("sliding windows beside full attention", "works", "their layers stay in 16 bits")
 def test_sliding_windows_beside_pages(mixed_model):
     """Prompts many windows long, chunked: only full attention has pages, all pages are of one size, text as `auto`."""
     model, kinds = mixed_model
@@ -310,6 +316,7 @@ def test_sliding_windows_beside_pages(mixed_model):
     assert report["free_after"] == report["free_before"]
 
 
+@pytest.mark.feature("sliding windows beside full attention", "works")
 def test_prefix_hits_with_sliding_windows(mixed_model):
     """A hit needs the sliding layers' last window; what it gives is what the cold run and `auto` give."""
     model, _ = mixed_model

@@ -196,6 +196,7 @@ def test_pages_are_bounded_and_come_back(many_rounds):
     assert report["free_after"] == report["free_before"]
 
 
+@pytest.mark.feature("eviction and episodes", "works")
 def test_no_page_is_read_after_it_was_evicted(many_rounds):
     rounds, _ = many_rounds
     for name, outputs in rounds.items():
@@ -496,6 +497,7 @@ def reference_logprobs(
     return torch.cat(found)
 
 
+@pytest.mark.feature("eviction and episodes", "works")
 def test_the_engine_evicts_what_the_reference_evicts(real_weights, tmp_path):
     """Log-probabilities of a text in blocks, each read after an eviction, against the Hugging Face reference.
 

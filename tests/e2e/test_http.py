@@ -114,6 +114,7 @@ def test_chat(client, server):
     assert "Paris" in chat(client, server).choices[0].message.content
 
 
+@pytest.mark.feature("OpenAI HTTP server", "works")
 def test_chat_equals_offline(client, server):
     """One request alone in the batch on either side, as many threads: the same steps, arithmetic and text."""
     script = (
@@ -141,6 +142,7 @@ def test_completion(client, server):
     assert out.usage.completion_tokens == 8
 
 
+@pytest.mark.feature("OpenAI HTTP server", "works")
 def test_streaming_gives_the_same_text(client, server):
     whole = chat(client, server).choices[0].message.content
     events = list(chat(client, server, stream=True))

@@ -148,6 +148,7 @@ def check_the_same(one: list[list[dict]], two: list[list[dict]]) -> None:
         assert all(x < LARGEST for x in found) and statistics.median(found) < TYPICAL
 
 
+@pytest.mark.feature("tensor parallelism", "works")
 def test_two_workers_give_what_one_gives(both):
     one, two = both
     for name, cache in one["caches"].items():
@@ -156,6 +157,7 @@ def test_two_workers_give_what_one_gives(both):
     assert two["free_after"] == two["free_before"]
 
 
+@pytest.mark.feature("tensor parallelism", "works")
 def test_every_worker_keeps_of_its_head_what_one_keeps(both):
     ((whole,), halves) = (report["survivors"] for report in both)
     assert len(whole) == len(halves[0]) == len(halves[1]) > 2 * LAYERS
@@ -172,6 +174,7 @@ def test_every_worker_keeps_of_its_head_what_one_keeps(both):
                 assert own == slots  # the most recent
 
 
+@pytest.mark.feature("tensor parallelism", "works")
 def test_a_kv_head_that_both_workers_hold(rng, tmp_path):
     model = make_model(tmp_path / "model", 1, rng.getrandbits(30))
     prompts = [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in (1500, 700)]

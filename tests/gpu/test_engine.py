@@ -36,6 +36,7 @@ def generate(model, graphs, page_format):
     return json.loads(line.removeprefix("TOKENS "))
 
 
+@pytest.mark.feature("CUDA graphs", "works")
 @pytest.mark.skipif(not README.is_file(), reason="the text is the README of the source tree")
 @pytest.mark.parametrize("page_format", ["oscar-int2", "turboquant-3.5", "turboquant-2.5-qjl"])
 def test_greedy_text_is_the_same_with_and_without_cuda_graphs(demo_model, page_format):

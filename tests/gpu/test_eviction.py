@@ -51,6 +51,7 @@ def generate(model, graphs, page_format):
     return json.loads(lines["TOKENS"]), json.loads(lines["LENGTHS"])
 
 
+@pytest.mark.feature("eviction and episodes", "works")
 @pytest.mark.skipif(not README.is_file(), reason="the text is the README of the source tree")
 @pytest.mark.parametrize("page_format", ["auto", "oscar-int2", "turboquant-3.5"])
 def test_evicting_text_is_the_same_with_and_without_cuda_graphs(demo_model, page_format):
