@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from vllm_kvcompress.errors import KVCompressError, RotationError
+from vllm_kvcompress.rotations.file import check_writable, write_rotation
 from vllm_kvcompress.rotations.locate import default_output, find_optional_rotation, model_fingerprint, model_folder
 
 SUMMARY = "make the rotation file of a model"
@@ -46,13 +47,13 @@ def run(args: argparse.Namespace) -> int:
             return 0
     fingerprint = model_fingerprint(folder)
     out = args.out or default_output(args.model, folder)
+    check_writable(out)
     started = time.monotonic()
 
     # transformers takes seconds to import; bad arguments are told before.
     from vllm_kvcompress.calibration import model as models
     from vllm_kvcompress.calibration import text
     from vllm_kvcompress.calibration.pipeline import calibrate
-    from vllm_kvcompress.rotations.file import write_rotation
 
     device = models.pick_device(args.device)
     model, tokenizer = models.load(folder, args.model, device, args.dtype)

@@ -306,21 +306,44 @@ def _page_tokens(vllm_config: VllmConfig) -> int:
 
 def _check_rotation(vllm_config: VllmConfig, resolved: Resolved) -> None:
     path = resolved.rotation or resolved.profile
-    if path is None:
-        return
+    if path is not None:
+        read_fitting_rotation(path, rotation_needs(vllm_config))
+
+
+@dataclass(frozen=True)
+class RotationNeeds:
+    """What the model asks of its rotation file."""
+
+    folder: Path | None
+    layer_ids: tuple[int, ...]
+    num_kv_heads: int
+    head_dim: int
+
+
+def rotation_needs(vllm_config: VllmConfig) -> RotationNeeds:
+    """Of the model being served."""
     model_config = vllm_config.model_config
-    folder = _folder(vllm_config)
+    layers = sliding.full_attention_layers(model_config.hf_text_config, model_config.get_total_num_hidden_layers())
+    heads, dim = model_config.get_total_num_kv_heads(), model_config.get_head_size()
+    return RotationNeeds(_folder(vllm_config), tuple(layers), heads, dim)
+
+
+def read_fitting_rotation(path: Path, needs: RotationNeeds) -> rotations.RotationSet:
+    """Read a rotation file and refuse one of another model. At start, and again by each worker: files change.
+
+    Raises:
+        RotationError: as `rotations.read_rotation` and `rotations.check_fits`.
+    """
     rotation = rotations.read_rotation(path)
     rotations.check_fits(
         rotation,
-        fingerprint=None if folder is None else rotations.model_fingerprint(folder),
-        layer_ids=sliding.full_attention_layers(
-            model_config.hf_text_config, model_config.get_total_num_hidden_layers()
-        ),
-        num_kv_heads=model_config.get_total_num_kv_heads(),
-        head_dim=model_config.get_head_size(),
+        fingerprint=None if needs.folder is None else rotations.model_fingerprint(needs.folder),
+        layer_ids=needs.layer_ids,
+        num_kv_heads=needs.num_kv_heads,
+        head_dim=needs.head_dim,
         path=path,
     )
+    return rotation
 
 
 def unsupported_reasons(vllm_config: VllmConfig) -> list[str]:

@@ -40,8 +40,11 @@ def read_index(folder: Path) -> WeightIndex | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        holders = {name: folder / file for name, file in content["weight_map"].items()}
+        holders = {name: Path(file) for name, file in content["weight_map"].items()}
+        if outside := [str(file) for file in holders.values() if file.is_absolute() or ".." in file.parts]:
+            raise ValueError(f"{outside[0]} is outside of the folder")
+        holders = {name: folder / file for name, file in holders.items()}
         stated = (content.get("metadata") or {}).get("total_size")
         return WeightIndex(holders, None if stated is None else int(stated))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise KVCompressError(f"{path} cannot be read: {error!r}") from None

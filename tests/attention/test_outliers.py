@@ -62,7 +62,7 @@ def test_calibration_file_decides(layer, monkeypatch):
     orders = [[torch.randperm(DIM).tolist() for _ in range(HEADS)] for _ in range(2)]
     metadata = SimpleNamespace(layer_ids=[3, 5], num_kv_heads=HEADS, k_channels=[None, orders[0]])
     metadata.v_channels = [None, orders[1]]
-    monkeypatch.setattr(impl, "_read_rotation", lambda path: SimpleNamespace(metadata=metadata))
+    monkeypatch.setattr(impl, "_read_rotation", lambda path, config: SimpleNamespace(metadata=metadata))
     layer._resolved.rotation = "file"
     layer._load_rotation(5)
     assert not layer._chooses_outliers
@@ -72,7 +72,7 @@ def test_calibration_file_decides(layer, monkeypatch):
 
 def test_a_file_that_does_not_say_leaves_it_to_the_first_prompt(layer, monkeypatch):
     metadata = SimpleNamespace(layer_ids=[0], num_kv_heads=HEADS, k_channels=[], v_channels=[])
-    monkeypatch.setattr(impl, "_read_rotation", lambda path: SimpleNamespace(metadata=metadata))
+    monkeypatch.setattr(impl, "_read_rotation", lambda path, config: SimpleNamespace(metadata=metadata))
     layer._resolved.rotation = "file"
     layer._load_rotation(0)
     assert layer._chooses_outliers

@@ -169,8 +169,8 @@ def test_metadata_that_contradicts_itself(make_set, tmp_path, change, words):
     ("tensors", "words"),
     [
         ({"extra": torch.zeros(1)}, "holds tensors"),
-        ({"k_mean": torch.zeros(2, 2, 9)}, r"k_mean is F32 \[2, 2, 9\]"),
-        ({"k_clip": torch.ones(2, 2, dtype=torch.float64)}, "k_clip is F64"),
+        ({"k_mean": torch.zeros(2, 2, 9)}, r"k_mean is torch.float32 \[2, 2, 9\]"),
+        ({"k_clip": torch.ones(2, 2, dtype=torch.float64)}, "k_clip is torch.float64"),
         ({"k_clip": torch.full((2, 2), 0.125)}, "checksum"),
     ],
 )

@@ -103,7 +103,7 @@ class Payload:
         (zoo(per_head=True), {"num_kv_heads": 8}, "2 heads; the model has 8"),
         (zoo(), {"layer_ids": [3, 7, 11]}, r"no rotation for layers \[11\]"),
         (zoo(q_rotation=torch.eye(DIM)), {}, "'q_rotation', so its key basis is not orthogonal"),
-        (zoo(k_mean=torch.zeros(DIM + 1)), {}, "k_mean has 65 channels"),
+        (zoo(k_mean=torch.zeros(DIM + 1)), {}, r"k_mean is \[65\]; the model's head size is 64"),
         (zoo(k_mean=torch.zeros(1, 1, DIM)), {}, "k_mean has shape"),
         ({"layers": {i: {"rotation": torch.eye(DIM) * 1.1} for i in LAYERS}}, {}, "layer 3.*not orthogonal"),
         ({"layers": {i: {"rotation": torch.eye(DIM) * torch.nan} for i in LAYERS}}, {}, "layer 3.*NaN"),

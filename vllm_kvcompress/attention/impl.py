@@ -22,7 +22,7 @@ from vllm_kvcompress.attention.backend import KVCompressMetadata, with_budget_sh
 from vllm_kvcompress.attention.gpu_metadata import GpuMetadata, StepPart
 from vllm_kvcompress.attention.plan import ReadGroup
 from vllm_kvcompress.attention.window_layer import WINDOW_SUFFIX, WindowLayer, WindowMetadata
-from vllm_kvcompress.checks import evicts, kernel_case, kernel_path, resolve
+from vllm_kvcompress.checks import evicts, kernel_case, kernel_path, read_fitting_rotation, resolve, rotation_needs
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.formats.base import PageLayout, page_fields, sketch_matrix
 from vllm_kvcompress.kernels import compaction, torch_attention
@@ -31,6 +31,8 @@ from vllm_kvcompress.quantizers.hadamard import hadamard
 from vllm_kvcompress.quantizers.random_rotation import split_rotation
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
     from vllm_kvcompress.attention.gpu import GpuAttention, LayerConstants
     from vllm_kvcompress.episodic.policies import Policy
 
@@ -42,10 +44,12 @@ _KEY_SEED, _VALUE_SEED = 0, 100
 _ENOUGH_TOKENS = 64
 
 
-@functools.lru_cache(maxsize=1)
-def _read_rotation(path: Path) -> rotations.RotationSet:
-    """The file is read and validated once for all layers of a process."""
-    return rotations.read_rotation(path)
+_read_once = functools.lru_cache(maxsize=1)(read_fitting_rotation)
+"""For all layers of a process."""
+
+
+def _read_rotation(path: Path, vllm_config: VllmConfig) -> rotations.RotationSet:
+    return _read_once(path, rotation_needs(vllm_config))
 
 
 @functools.cache
@@ -179,7 +183,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             return
         if self._resolved.rotation is None:
             return
-        layer = _read_rotation(self._resolved.rotation).layers[layer_index]
+        layer = _read_rotation(self._resolved.rotation, self._vllm_config).layers[layer_index]
         heads = self._own_kv_heads(layer.k_rotation.shape[0])
         self._k_rotation = layer.k_rotation[heads].to(device)
         self._v_rotation = layer.v_rotation[heads].to(device)
@@ -190,7 +194,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
     def _load_random_rotations(self, layer_index: int) -> None:
         device = self._vllm_config.device_config.device
         path = self._resolved.rotation
-        metadata = None if path is None else _read_rotation(path).metadata
+        metadata = None if path is None else _read_rotation(path, self._vllm_config).metadata
         if metadata is None or not metadata.k_channels:
             unsplit = torch.arange(self.head_size, device=device).expand(self.num_kv_heads, -1)
             self._set_random_rotations(unsplit, unsplit)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import struct
 import tempfile
 from collections.abc import Iterable
@@ -20,17 +21,18 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 from vllm_kvcompress.errors import RotationError
 from vllm_kvcompress.rotations.schema import SCHEMA_VERSION, LayerRotation, RotationMetadata, RotationSet
 
 MAGIC = "kvcompress-rotation"
 _TENSORS = ("k_rotation", "v_rotation", "k_mean", "k_clip", "v_clip")
-_MAX_HEADER_BYTES = 4 << 20
-_MAX_TENSOR_BYTES = 16 << 30
-"""256 layers of 128 heads of 128 x 128, keys and values; a header that asks for more is not one of ours."""
+_MAX_HEADER_BYTES = 16 << 20
+"""The channels' order of 100 layers of 16 heads of 512 takes 8 MiB."""
+_MAX_TENSOR_BYTES = 4 << 30
+"""128 layers of 16 heads of 512 x 512, keys and values; a header that asks for more is not one of ours."""
 ORTHOGONALITY_TOLERANCE = 1e-3
 
 
@@ -59,6 +61,10 @@ def _digest(metadata_json: str, tensors: dict[str, torch.Tensor]) -> str:
 def _read_header(path: Path) -> dict[str, Any]:
     """The safetensors header, parsed; every fault of a foreign or damaged file is a RotationError."""
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for a writer
+            kind = "folder" if stat.S_ISDIR(mode) else "pipe or device"
+            raise RotationError(f"{path} is a {kind}, not a rotation file. {_advice()}")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
@@ -68,11 +74,11 @@ def _read_header(path: Path) -> dict[str, Any]:
             header = json.loads(file.read(length).decode("utf-8"))
     except FileNotFoundError:
         raise RotationError(f"there is no rotation file at {path}. {_advice()}") from None
-    except IsADirectoryError:
-        raise RotationError(f"{path} is a folder, not a rotation file. {_advice()}") from None
     except OSError as error:
         raise RotationError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except RotationError:
+        raise
+    except (ValueError, RecursionError):  # json raises a plain ValueError at numbers of thousands of digits
         raise RotationError(f"{path} is damaged: its safetensors header is not JSON. {_advice()}") from None
     if not isinstance(header, dict):
         raise RotationError(f"{path} is damaged: its safetensors header is not a table. {_advice()}")
@@ -92,12 +98,13 @@ def _parse_metadata(path: Path) -> tuple[RotationMetadata, str, str]:
         raise RotationError(f"{path} is damaged: its header lacks the metadata or the checksum. {_advice()}")
     try:
         raw = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise RotationError(f"{path} is damaged: its metadata is not JSON. {_advice()}") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
+        shown = version if version is None or (isinstance(version, int) and 0 <= version < 1000) else "of another kind"
         raise RotationError(
-            f"{path} has schema version {version!r}; this release of vllm-kvcompress reads version {SCHEMA_VERSION}. "
+            f"{path} has schema version {shown}; this release of vllm-kvcompress reads version {SCHEMA_VERSION}. "
             f"Upgrade vllm-kvcompress, or recalibrate. {_advice()}"
         )
     try:
@@ -146,33 +153,32 @@ def read_rotation(path: str | Path) -> RotationSet:
     metadata, text, checksum = _parse_metadata(path)
     shapes = _shapes(metadata)
     needed = sum(4 * torch.Size(shape).numel() for shape in shapes.values())
-    if needed > min(_MAX_TENSOR_BYTES, path.stat().st_size):
+    size = path.stat().st_size
+    if size < needed:
         raise RotationError(
-            f"{path} is truncated: {path.stat().st_size} bytes where its metadata asks for {needed}. "
-            f"{_advice(metadata.model)}"
+            f"{path} is truncated: {size} bytes where its metadata asks for {needed}. {_advice(metadata.model)}"
+        )
+    if needed > _MAX_TENSOR_BYTES or size - needed > _MAX_HEADER_BYTES + 8:
+        raise RotationError(
+            f"{path} is no rotation file: {size} bytes, {needed} of them for the tensors of its metadata, at most "
+            f"{_MAX_TENSOR_BYTES} and a header are read. {_advice(metadata.model)}"
         )
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = set(file.keys())
-            if names != set(_TENSORS):
-                raise RotationError(
-                    f"{path} is damaged: it holds tensors {sorted(names)}, expected {sorted(_TENSORS)}. "
-                    f"{_advice(metadata.model)}"
-                )
-            tensors = {}
-            for name in _TENSORS:
-                part = file.get_slice(name)
-                found = (part.get_dtype(), tuple(part.get_shape()))
-                if found != ("F32", shapes[name]):
-                    raise RotationError(
-                        f"{path}: tensor {name} is {found[0]} {list(found[1])}, expected F32 {list(shapes[name])} "
-                        f"(layers, KV heads, head size). {_advice(metadata.model)}"
-                    )
-                tensors[name] = file.get_tensor(name)
+        # Into memory, not mapped: whoever writes to the file later would change, or end, an engine that serves from it.
+        tensors = load(path.read_bytes())
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        if isinstance(error, RotationError):
-            raise
         raise RotationError(f"{path} is damaged: {error}. {_advice(metadata.model)}") from None
+    if tensors.keys() != set(_TENSORS):
+        raise RotationError(
+            f"{path} is damaged: it holds tensors {sorted(tensors)}, expected {sorted(_TENSORS)}. "
+            f"{_advice(metadata.model)}"
+        )
+    for name, tensor in tensors.items():
+        if (tensor.dtype, tuple(tensor.shape)) != (torch.float32, shapes[name]):
+            raise RotationError(
+                f"{path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, expected torch.float32 "
+                f"{list(shapes[name])} (layers, KV heads, head size). {_advice(metadata.model)}"
+            )
     if _digest(text, tensors) != checksum:
         raise RotationError(f"{path} is damaged: its checksum does not match its content. {_advice(metadata.model)}")
     layers = {
@@ -245,10 +251,11 @@ def check_fits(
 
 
 def write_rotation(path: str | Path, rotation_set: RotationSet) -> None:
-    """Write atomically: a reader sees the old file or the whole new one. Creates parent folders.
+    """Write atomically: a reader sees the old file or the whole new one, of one of the writers. Makes parent folders.
 
     Raises:
-        RotationError: the set would not pass `read_rotation`, or the folder cannot be written.
+        RotationError: the set would not pass `read_rotation`, the folder cannot be written or the disk is full. What
+            was at `path` is there still.
     """
     path = Path(path)
     metadata = rotation_set.metadata
@@ -269,23 +276,49 @@ def write_rotation(path: str | Path, rotation_set: RotationSet) -> None:
         for name in _TENSORS
     }
     text = metadata.model_dump_json()
+    if len(json.dumps(text)) > _MAX_HEADER_BYTES // 2:
+        raise RotationError(f"{path} was not written: its metadata of {len(text)} bytes is too large to be read again")
     strings = {"format": MAGIC, "metadata": text, "sha256": _digest(text, tensors)}
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = _temporary(path)
         save_file(tensors, temporary, metadata=strings)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut could leave an empty file under the name
         # mkstemp makes private files; the engine may run as another user.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
-    except OSError as error:
-        raise RotationError(
-            f"cannot write {path}: {error.strerror or error}. Choose another place with --out"
-        ) from None
+    except (OSError, SafetensorError) as error:  # the latter where the disk is full
+        raise _unwritable(path, error) from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse before the work is done what `write_rotation` would refuse after it.
+
+    Raises:
+        RotationError: no file can be made in the folder.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        _temporary(path).unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _temporary(path: Path) -> Path:
+    """An empty file beside `path`, whose folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    return Path(name)
+
+
+def _unwritable(path: Path, error: Exception) -> RotationError:
+    reason = getattr(error, "strerror", None) or error
+    return RotationError(f"cannot write {path}: {reason}. Choose another place with --out")

@@ -7,6 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
+from vllm_kvcompress.errors import printable
 from vllm_kvcompress.rotations.file import read_rotation
 
 SUMMARY = "check and print a rotation file"
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     }
     for key, value in rows.items():
         if value:
-            print(f"{key:<12} {value}")
+            print(f"{key:<12} {printable(value)}")
     print(f"\n{'layer':>5}  {'|mean key|':>10}  {'key clip':>13}  {'value clip':>13}  {'sensitivity':>11}")
     for index, (layer_id, layer) in enumerate(rotation.layers.items()):
         mean = float(layer.k_mean.norm(dim=-1).mean())

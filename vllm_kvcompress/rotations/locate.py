@@ -34,9 +34,11 @@ def _geometry(folder: Path) -> dict[str, Any]:
     """The fields of config.json that shape attention, its nested text_config included."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is not a table")
     except FileNotFoundError:
         return {}  # a lone GGUF file carries its geometry in its own header
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RotationError(f"{folder / 'config.json'} cannot be read: {error}") from None
     found = {key: config[key] for key in _GEOMETRY_KEYS if key in config}
     inner = config.get("text_config")
@@ -51,7 +53,7 @@ def _weight_files(folder: Path) -> list[Path]:
         index = read_index(folder)
     except KVCompressError as error:
         raise RotationError(str(error)) from None
-    if index is not None and (found := [path for path in index.files if path.is_file()]):
+    if index is not None and (found := [path for path in index.files if os.path.isfile(path)]):
         return found
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
@@ -73,8 +75,10 @@ def _sample_offsets(path: Path, size: int, head: bytes) -> list[int]:
                 spans = sorted(tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__")
                 # A fine-tune may touch few tensors, so tensors are sampled rather than places in the file.
                 stride = -(-len(spans) // _SAMPLES_PER_FILE) or 1
-                return [8 + length + (begin + end) // 2 for begin, end in spans[::stride]]
-            except (ValueError, KeyError, TypeError, AttributeError):
+                found = [8 + length + (begin + end) // 2 for begin, end in spans[::stride]]
+                if all(isinstance(offset, int) and 0 <= offset < size for offset in found):
+                    return found
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 pass  # not a safetensors header after all: sample evenly
     return [size * i // _SAMPLES_PER_FILE for i in range(_SAMPLES_PER_FILE)]
 
@@ -99,14 +103,18 @@ def model_fingerprint(folder: Path) -> str:
     samples of its tensors. File names do not enter, nor do files that are not weights.
 
     Raises:
-        RotationError: no weights in the folder, or an unreadable config.json.
+        RotationError: no weights in the folder, or unreadable ones, or an unreadable config.json.
     """
     folder = Path(folder)
     files = _weight_files(folder)
     if not files:
         raise RotationError(f"{folder} holds no weights (*.safetensors, *.bin or *.gguf)")
     digest = hashlib.sha256(json.dumps(_geometry(folder), sort_keys=True).encode())
-    for part in sorted(_file_digest(path) for path in files):
+    try:
+        parts = sorted(_file_digest(path) for path in files)
+    except OSError as error:
+        raise RotationError(f"the weights in {folder} cannot be read: {error}") from None
+    for part in parts:
         digest.update(part)
     return digest.hexdigest()[:32]
 

@@ -11,13 +11,14 @@ The version number does not say the shape reliably, so `rotation.dim()` decides.
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_kvcompress.errors import RotationError
+from vllm_kvcompress.errors import RotationError, printable
 from vllm_kvcompress.rotations.file import check_values
 from vllm_kvcompress.rotations.schema import LayerRotation, RotationMetadata, RotationSet
 
@@ -25,10 +26,21 @@ _HELP = "Download the file again, or make rotations of your own with: kvcompress
 _NON_ORTHOGONAL = {"q_rotation": "key", "o_rotation": "value"}
 PUBLISHED_CLIP_K = 0.96
 PUBLISHED_CLIP_V = 0.92
+_MAX_BYTES = 4 << 30
+"""Of a file, unpacked; 128 layers of 16 heads of 512 x 512 in float32 are 2 GiB."""
+_MAX_LAYERS = 4096
 
 
 def _load(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+        raise RotationError(f"{path} is not a file. {_HELP}")
     try:
+        size = path.stat().st_size
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+        if size > _MAX_BYTES:
+            raise RotationError(f"{path} holds {size} bytes, at most {_MAX_BYTES} are read. {_HELP}")
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RotationError(f"there is no file {path}") from None
@@ -36,6 +48,8 @@ def _load(path: Path) -> dict[str, Any]:
         raise RotationError(
             f"{path} was not opened: it is damaged, or holds objects other than tensors, which could run code. {_HELP}"
         ) from None
+    except RotationError:
+        raise
     except Exception as error:  # unpickling damaged bytes raises almost anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise RotationError(f"{path} is not a readable .pt file: {reason}. {_HELP}") from None
@@ -46,18 +60,33 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _version(content: dict[str, Any], path: Path) -> int:
     version = content.get("format_version", 1)
-    if version not in (1, 2):
-        raise RotationError(f"{path} has format_version {version!r}; versions 1 and 2 are known")
+    if not isinstance(version, int) or version not in (1, 2):
+        raise RotationError(f"{path} has format_version {_shown(version)}; versions 1 and 2 are known")
     return int(version)
+
+
+def _shown(value: Any) -> str:
+    """A number or text for a message; of anything else, or longer ones, the type."""
+    if isinstance(value, int) and abs(value) < 1 << 64:
+        return str(value)
+    return repr(value) if isinstance(value, str) and len(value) <= 80 else f"a {type(value).__name__}"
+
+
+def _layer_number(key: Any) -> int | None:
+    """A layer's key as a number, None where it is none."""
+    if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) <= len(str(_MAX_LAYERS)):
+        key = int(key)
+    return int(key) if isinstance(key, int) and 0 <= key < _MAX_LAYERS else None
 
 
 def _layers(content: dict[str, Any], path: Path) -> dict[int, Mapping[str, Any]]:
     found: dict[int, Mapping[str, Any]] = {}
     for key, entry in content["layers"].items():
-        try:
-            layer_id = int(key)
-        except (TypeError, ValueError):
-            raise RotationError(f"{path}: layer key {key!r} is not a layer number. {_HELP}") from None
+        layer_id = _layer_number(key)
+        if layer_id is None:
+            raise RotationError(
+                f"{path}: layer key {_shown(key)} is not a layer number (0 to {_MAX_LAYERS - 1}). {_HELP}"
+            )
         if not isinstance(entry, Mapping) or not isinstance(entry.get("rotation"), torch.Tensor):
             raise RotationError(f"{path}: layer {layer_id} has no tensor 'rotation'. {_HELP}")
         if layer_id in found:
@@ -73,10 +102,10 @@ def _layers(content: dict[str, Any], path: Path) -> dict[int, Mapping[str, Any]]
     return found
 
 
-def _per_head(tensor: torch.Tensor, dims: int, heads: int, what: str) -> torch.Tensor:
-    """[...] shared or [H, ...] per head -> [H, ...] float32, `dims` being the dimensions of one head's share."""
-    if not tensor.is_floating_point():
-        raise RotationError(f"{what} is {tensor.dtype}, not floating point. {_HELP}")
+def _per_head(tensor: torch.Tensor, dims: int, heads: int, head_dim: int, what: str) -> torch.Tensor:
+    """[...] shared or [H, ...] per head -> [H, ...] float32, `dims` dimensions of `head_dim` being one head's share."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+        raise RotationError(f"{what} is {tensor.dtype} ({tensor.layout}), not floating point and dense. {_HELP}")
     if tensor.dim() == dims:
         tensor = tensor.expand(heads, *tensor.shape)
     if tensor.dim() != dims + 1:
@@ -85,7 +114,15 @@ def _per_head(tensor: torch.Tensor, dims: int, heads: int, what: str) -> torch.T
         )
     if tensor.shape[0] != heads:
         raise RotationError(f"{what} has {tensor.shape[0]} heads; the model has {heads} KV heads")
-    return tensor.float().contiguous()
+    # Before it is copied: the file of a tensor with strides of 0 is small whatever its shape.
+    if tensor.shape[1:] != (head_dim,) * dims:
+        raise RotationError(f"{what} is {list(tensor.shape[1:])}; the model's head size is {head_dim}")
+    return tensor.detach().float().contiguous()
+
+
+def _text(value: Any) -> str:
+    """A text that JSON and terminals take, of 512 characters; "" of anything else."""
+    return printable(value[:512]) if isinstance(value, str) else ""
 
 
 def read_zoo(
@@ -133,18 +170,11 @@ def read_zoo(
         rotations = {}
         for name, path, entry in (("k", k_path, k_layers[layer_id]), ("v", v_path, v_layers[layer_id])):
             what = f"{path}: layer {layer_id}: rotation"
-            rotation = _per_head(entry["rotation"], 2, num_kv_heads, what)
-            if rotation.shape[-2:] != (head_dim, head_dim):
-                raise RotationError(f"{what} is {list(rotation.shape[-2:])}; the model's head size is {head_dim}")
-            rotations[name] = rotation
+            rotations[name] = _per_head(entry["rotation"], 2, num_kv_heads, head_dim, what)
         mean = k_layers[layer_id].get("k_mean")
         k_mean = torch.zeros(num_kv_heads, head_dim)
         if isinstance(mean, torch.Tensor):
-            k_mean = _per_head(mean, 1, num_kv_heads, f"{k_path}: layer {layer_id}: k_mean")
-            if k_mean.shape[-1] != head_dim:
-                raise RotationError(
-                    f"{k_path}: layer {layer_id}: k_mean has {k_mean.shape[-1]} channels, not {head_dim}"
-                )
+            k_mean = _per_head(mean, 1, num_kv_heads, head_dim, f"{k_path}: layer {layer_id}: k_mean")
         layer = LayerRotation(
             k_rotation=rotations["k"],
             v_rotation=rotations["v"],
@@ -162,8 +192,8 @@ def read_zoo(
         num_kv_heads=num_kv_heads,
         num_query_heads=num_query_heads,
         head_dim=head_dim,
-        data=f"{k_path.name}, {v_path.name}",
-        recipe={"keys": str(k_content.get("objective", "")), "values": str(v_content.get("objective", ""))},
+        data=_text(f"{k_path.name}, {v_path.name}"),
+        recipe={"keys": _text(k_content.get("objective")), "values": _text(v_content.get("objective"))},
         source=f"rotation-zoo v{version}",
     )
     return RotationSet(metadata, layers)

@@ -63,6 +63,8 @@ _OWN = (arguments.GUIDE, arguments.KEEP, arguments.EPISODE, arguments.PROTECT)
 _REUSED = re.compile(rb'"reused_tokens":\s*(\d+)')
 _REMEMBERED = 4096
 """Episodes whose state is remembered here; of others the engine is asked to read the history again."""
+_MAX_BYTES = 64 << 20
+"""Of a body that is looked into. A history of a million tokens has a tenth of it; images may make any body larger."""
 
 
 class _PassedOn(Exception):
@@ -117,6 +119,9 @@ class EpisodicMiddleware:
         except _Refused as refusal:
             await answer(send, *refusal.args)
             return
+        except RecursionError:  # nested deeper than JSON is read: vLLM says so
+            await self._app(*with_body(scope, receive, body), send)
+            return
         except _PassedOn as passed:
             if passed.reason:
                 logger.warning("a long history is answered as it is, in full: %s", passed.reason)
@@ -138,6 +143,8 @@ class EpisodicMiddleware:
         # A token has at least a byte.
         if len(body) <= engine.settings.threshold and arguments.PREFIX.encode() not in body:
             raise _PassedOn
+        if len(body) > _MAX_BYTES:
+            raise _PassedOn(f"its body of {len(body)} bytes is larger than {_MAX_BYTES}")
         try:
             request = json.loads(body)
         except ValueError:
