@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vllm_kvcompress import checks, plugin, recipes, rotations
+from vllm_kvcompress.errors import RotationError
 from vllm_kvcompress.rotations import LayerRotation, RotationMetadata, RotationSet
 
 LAYERS, HEADS, DIM = 2, 2, 64
@@ -145,6 +146,26 @@ def test_corrupt_file(model, tmp_path, spoil, word):
     rotations.write_rotation(path, rotation_set(rotations.model_fingerprint(model)))
     path.write_bytes(spoil(path.read_bytes()))
     refused(model, word, str(path), settings={"rotation": str(path)})
+
+
+def test_a_file_that_changes_after_the_check_is_refused_by_the_worker(model, tmp_path):
+    """Damaged, taken away, or another model's by the time that the weights are loaded."""
+    from vllm_kvcompress.attention import impl
+
+    path = tmp_path / "rotation.safetensors"
+    fingerprint = rotations.model_fingerprint(model)
+    rotations.write_rotation(path, rotation_set(fingerprint))
+    config = configure(model, settings={"rotation": str(path)})
+    whole = path.read_bytes()
+    for change, words in (
+        (lambda: path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1])), "checksum does not match"),
+        (path.unlink, "there is no rotation file"),
+        (lambda: rotations.write_rotation(path, rotation_set("0" * 32)), "was calibrated on other weights"),
+        (lambda: rotations.write_rotation(path, rotation_set(fingerprint, layers=1)), "no rotation for layer 1"),
+    ):
+        change()
+        with pytest.raises(RotationError, match=words):
+            impl._read_rotation(path, config)
 
 
 def test_foreign_model(model, tmp_path):

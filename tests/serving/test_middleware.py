@@ -6,8 +6,13 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from vllm_kvcompress.episodic import request as arguments
+from vllm_kvcompress.episodic.embed import TokenEmbedder
+from vllm_kvcompress.episodic.router import EpisodeRouter
 from vllm_kvcompress.episodic.settings import EpisodicSettings
 from vllm_kvcompress.errors import KVCompressError
 from vllm_kvcompress.serving import middleware as module
@@ -270,3 +275,137 @@ def test_histories_without_episodes_are_answered_in_full():
     body = json.dumps({"messages": [*LONG, {"role": "user", "content": "?!"}]}).encode()
     ask(EpisodicMiddleware(server), body)
     assert server.calls[-1][:2] == (CHAT, body) and "/v1/completions" not in server.paths()
+
+
+# --- whatever clients send --------------------------------------------------------------------------------------------
+
+RealEngine = module._Engine
+
+
+class RealRouting(RealEngine):
+    """All of the real one but the model's own tokenizer and embeddings: a character is a token."""
+
+    def __init__(self, vllm_config):
+        self.settings, self.block_tokens = EpisodicSettings(budget=BUDGET, block_tokens=BLOCK, policy="epicache"), BLOCK
+        self._defaults = arguments.Defaults("epicache", BLOCK, 128, 4, 64, 256, 4096)
+        self._encode = lambda text: [ord(character) % 256 for character in text]
+        table = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
+        embedder = TokenEmbedder(lambda texts: [self._encode(text) for text in texts], table, "toy")
+        self._router = EpisodeRouter(self.settings, embedder)
+
+
+class StrictServer(Server):
+    """As vLLM, it says what is wrong with a request."""
+
+    def respond(self, path, body):
+        try:
+            return super().respond(path, body)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+            return 400, {"error": {"message": "as vLLM says it"}}
+
+
+TEXTS = st.one_of(st.text(max_size=6), st.sampled_from(["user", "system", "\ud800", "../../x", "9" * 300, "\0"]))
+ATOMS = st.one_of(st.none(), st.booleans(), st.integers(-2, 3000), st.sampled_from([10**30, 0.5, 1e999]), TEXTS)
+ANYTHING = st.recursive(
+    ATOMS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)), max_leaves=5
+)
+LONG_MESSAGES = st.integers(0, len(LONG)).map(lambda start: LONG[start:])
+ONES = st.one_of(
+    ANYTHING,
+    st.fixed_dictionaries({"role": st.one_of(st.just("user"), TEXTS), "content": ANYTHING}),
+    st.fixed_dictionaries({"role": st.just("user"), "content": st.lists(st.fixed_dictionaries({"text": TEXTS}))}),
+)
+MESSAGES = st.one_of(
+    ANYTHING,
+    st.tuples(LONG_MESSAGES, st.lists(ONES, max_size=2), st.sampled_from([[], [QUESTION]])).map(
+        lambda parts: [*parts[0], *parts[1], *parts[2]]
+    ),
+)
+XARGS = st.dictionaries(
+    st.one_of(st.sampled_from([arguments.BUDGET, arguments.POLICY]), st.sampled_from(arguments._ARGUMENTS), TEXTS),
+    st.one_of(st.sampled_from([128, 512, 1024, "snapkv", "epicache", "keydiff"]), ANYTHING),
+    max_size=3,
+)
+REQUESTS = st.fixed_dictionaries(
+    {"messages": MESSAGES},
+    optional={
+        "vllm_xargs": st.one_of(XARGS, ANYTHING),
+        "cache_salt": st.one_of(TEXTS, ANYTHING), "model": ANYTHING, "tools": ANYTHING,
+        "priority": ANYTHING, "stream": st.booleans(), "chat_template": ANYTHING, "padding": st.just("x" * 2000),
+    },
+)  # fmt: skip
+
+
+def answered(middleware, server, request):
+    """Ask; what came of it is one of the three allowed ones. Returns the answer's header of the episode."""
+    body = request if isinstance(request, bytes) else json.dumps(request).encode()
+    before = len(server.calls)
+    status, headers, content = ask(middleware, body)
+    chats = [sent for path, sent, _ in server.calls[before:] if path == CHAT]
+    if status == 200:
+        (sent,) = chats
+        if sent != body:
+            old, new = json.loads(body), json.loads(sent)
+            given, made = old.pop("vllm_xargs", None) or {}, new.pop("vllm_xargs")
+            assert repr(new) == repr(old)  # 1e999 is inf, and nothing else was touched
+            kept = {name: value for name, value in given.items() if name not in arguments._ARGUMENTS}
+            assert made.items() >= kept.items()
+            assert module.HEADER in headers or not made.keys() & set(arguments._ARGUMENTS)
+    else:
+        assert status == 400 and not chats[:-1] and content["error"]["message"]
+    return headers.get(module.HEADER)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(request=REQUESTS, other=st.one_of(st.none(), TEXTS))
+@example(request={"messages": [*LONG, QUESTION], "cache_salt": ["a"]}, other="['a']")
+@example(request={"messages": [*LONG, QUESTION], "cache_salt": None}, other="None")
+def test_any_request_is_passed_on_refused_or_rewritten_and_tenants_share_nothing(monkeypatch, request, other):
+    monkeypatch.setattr(module, "_Engine", RealRouting)
+    server = StrictServer()
+    middleware = EpisodicMiddleware(server)
+    answered(middleware, server, request)
+    salt = request.get("cache_salt")
+    header = answered(middleware, server, {**request, "cache_salt": other})
+    assert header is None or salt == other or header.endswith(b"built")
+    if isinstance(request.get("cache_salt"), str | None):
+        tenants = {}
+        for path, body, _ in server.calls:
+            if path == "/v1/completions":
+                build = json.loads(body)
+                assert tenants.setdefault(build["vllm_xargs"][arguments.KEEP], build.get("cache_salt")) == build.get(
+                    "cache_salt"
+                )
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    body=st.one_of(st.binary(max_size=64), ANYTHING.map(lambda value: json.dumps(value).encode())), padded=st.booleans()
+)
+def test_any_bytes_are_passed_on(body, padded):
+    body += b" " * 2000 * padded
+    server = StrictServer()
+    ask(EpisodicMiddleware(server), body)
+    assert [(path, sent) for path, sent, _ in server.calls] == [(CHAT, body)]
+
+
+def test_nesting_of_any_depth_is_answered(monkeypatch):
+    """Python's limit of 1000 is met by json.loads, by json.dumps or by repr, whichever is the deepest in the stack."""
+    monkeypatch.setattr(module, "_Engine", RealRouting)
+    for depth in [*range(850, 1000, 6), 100_000]:
+        nest = "[" * depth + "]" * depth
+        for wrong in ('"content": %s, "role": "user"', '"content": "a", "role": "user", "more": %s'):
+            body = json.dumps({"messages": [*LONG, {"x": 1}, QUESTION]}).replace('"x": 1', wrong % nest).encode()
+            server = StrictServer()
+            status, _, _ = ask(EpisodicMiddleware(server), body)
+            assert status in (200, 400)
+
+
+def test_bodies_beyond_the_limit_are_not_looked_into(monkeypatch, caplog):
+    monkeypatch.setattr(module, "_MAX_BYTES", 4000)
+    monkeypatch.setattr(module.json, "loads", None)
+    server = Server()
+    body = b'{"messages": [], "x": "' + b"x" * 4000 + b'"}'
+    server.respond = lambda path, sent: (200, {})
+    asyncio.run(call(EpisodicMiddleware(server), body))
+    assert server.calls[-1][:2] == (CHAT, body) and f"{len(body)} bytes is larger than 4000" in caplog.text

@@ -9,20 +9,21 @@ JSON and the tensors' bytes in the order above. A flipped bit would otherwise be
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import secrets
 import stat
 import struct
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 
 from vllm_kvcompress.errors import RotationError
 from vllm_kvcompress.rotations.schema import SCHEMA_VERSION, LayerRotation, RotationMetadata, RotationSet
@@ -58,26 +59,31 @@ def _digest(metadata_json: str, tensors: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    """The safetensors header, parsed; every fault of a foreign or damaged file is a RotationError."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file, opened once for all that is read of it: others may replace it under its name meanwhile."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):  # opening a pipe would wait for a writer
             kind = "folder" if stat.S_ISDIR(mode) else "pipe or device"
             raise RotationError(f"{path} is a {kind}, not a rotation file. {_advice()}")
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise RotationError(f"{path} is no rotation file ({size} bytes, not safetensors). {_advice()}")
-            header = json.loads(file.read(length).decode("utf-8"))
+            yield file
     except FileNotFoundError:
         raise RotationError(f"there is no rotation file at {path}. {_advice()}") from None
     except OSError as error:
         raise RotationError(f"{path} cannot be read: {error.strerror or error}") from None
-    except RotationError:
-        raise
+
+
+def _read_header(path: Path, file: BinaryIO) -> dict[str, Any]:
+    """The safetensors header, parsed; every fault of a foreign or damaged file is a RotationError."""
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+        raise RotationError(f"{path} is no rotation file ({size} bytes, not safetensors). {_advice()}")
+    try:
+        header = json.loads(file.read(length).decode("utf-8"))
     except (ValueError, RecursionError):  # json raises a plain ValueError at numbers of thousands of digits
         raise RotationError(f"{path} is damaged: its safetensors header is not JSON. {_advice()}") from None
     if not isinstance(header, dict):
@@ -85,9 +91,9 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _parse_metadata(path: Path) -> tuple[RotationMetadata, str, str]:
+def _parse_metadata(path: Path, file: BinaryIO) -> tuple[RotationMetadata, str, str]:
     """Validated metadata, its JSON as stored, and the stored checksum."""
-    strings = _read_header(path).get("__metadata__")
+    strings = _read_header(path, file).get("__metadata__")
     if not isinstance(strings, dict) or strings.get("format") != MAGIC:
         raise RotationError(
             f"{path} is a safetensors file but no rotation file of vllm-kvcompress. {_advice()}. "
@@ -139,7 +145,9 @@ def read_metadata(path: str | Path) -> RotationMetadata:
     Raises:
         RotationError: missing, foreign or damaged file.
     """
-    return _parse_metadata(Path(path))[0]
+    path = Path(path)
+    with _opened(path) as file:
+        return _parse_metadata(path, file)[0]
 
 
 def read_rotation(path: str | Path) -> RotationSet:
@@ -150,23 +158,26 @@ def read_rotation(path: str | Path) -> RotationSet:
             finite; matrices that are not orthogonal; clips outside (0, 1].
     """
     path = Path(path)
-    metadata, text, checksum = _parse_metadata(path)
-    shapes = _shapes(metadata)
-    needed = sum(4 * torch.Size(shape).numel() for shape in shapes.values())
-    size = path.stat().st_size
-    if size < needed:
-        raise RotationError(
-            f"{path} is truncated: {size} bytes where its metadata asks for {needed}. {_advice(metadata.model)}"
-        )
-    if needed > _MAX_TENSOR_BYTES or size - needed > _MAX_HEADER_BYTES + 8:
-        raise RotationError(
-            f"{path} is no rotation file: {size} bytes, {needed} of them for the tensors of its metadata, at most "
-            f"{_MAX_TENSOR_BYTES} and a header are read. {_advice(metadata.model)}"
-        )
-    try:
+    with _opened(path) as file:
+        metadata, text, checksum = _parse_metadata(path, file)
+        shapes = _shapes(metadata)
+        needed = sum(4 * torch.Size(shape).numel() for shape in shapes.values())
+        size = os.fstat(file.fileno()).st_size
+        if size < needed:
+            raise RotationError(
+                f"{path} is truncated: {size} bytes where its metadata asks for {needed}. {_advice(metadata.model)}"
+            )
+        if needed > _MAX_TENSOR_BYTES or size - needed > _MAX_HEADER_BYTES + 8:
+            raise RotationError(
+                f"{path} is no rotation file: {size} bytes, {needed} of them for the tensors of its metadata, at most "
+                f"{_MAX_TENSOR_BYTES} and a header are read. {_advice(metadata.model)}"
+            )
+        file.seek(0)
         # Into memory, not mapped: whoever writes to the file later would change, or end, an engine that serves from it.
-        tensors = load(path.read_bytes())
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        content = file.read()
+    try:
+        tensors = load(content)
+    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
         raise RotationError(f"{path} is damaged: {error}. {_advice(metadata.model)}") from None
     if tensors.keys() != set(_TENSORS):
         raise RotationError(
@@ -282,15 +293,12 @@ def write_rotation(path: str | Path, rotation_set: RotationSet) -> None:
     temporary = None
     try:
         temporary = _temporary(path)
-        save_file(tensors, temporary, metadata=strings)
-        with temporary.open("rb") as file:
+        with temporary.open("wb") as file:
+            file.write(save(tensors, metadata=strings))
+            file.flush()
             os.fsync(file.fileno())  # or a power cut could leave an empty file under the name
-        # mkstemp makes private files; the engine may run as another user.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # the latter where the disk is full
+    except OSError as error:
         raise _unwritable(path, error) from None
     finally:
         if temporary is not None:
@@ -314,11 +322,11 @@ def check_writable(path: Path) -> None:
 def _temporary(path: Path) -> Path:
     """An empty file beside `path`, whose folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    return Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    # Not tempfile's, which are private: the engine may run as another user.
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    return temporary
 
 
-def _unwritable(path: Path, error: Exception) -> RotationError:
-    reason = getattr(error, "strerror", None) or error
-    return RotationError(f"cannot write {path}: {reason}. Choose another place with --out")
+def _unwritable(path: Path, error: OSError) -> RotationError:
+    return RotationError(f"cannot write {path}: {error.strerror or error}. Choose another place with --out")

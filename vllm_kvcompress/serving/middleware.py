@@ -151,8 +151,10 @@ class EpisodicMiddleware:
             raise _PassedOn from None
         given = request.get("vllm_xargs") if isinstance(request, dict) else None
         messages = request.get("messages") if isinstance(request, dict) else None
+        salt = request.get("cache_salt") if isinstance(request, dict) else None
         if (
             not isinstance(messages, list)
+            or not isinstance(salt, str | None)  # names of another kind could look like another tenant's
             or not all(isinstance(message, dict) for message in messages)
             or (given is not None and (not isinstance(given, dict) or any(name in given for name in _OWN)))
         ):
@@ -175,7 +177,7 @@ class EpisodicMiddleware:
         *history, question = messages
         try:
             utterances, asked = chat_utterances(history), chat_utterances([question])[0].text
-            episodes, index = await asyncio.to_thread(engine.route, utterances, asked, request.get("cache_salt"))
+            episodes, index = await asyncio.to_thread(engine.route, utterances, asked, salt)
             episode = episodes.episodes[index]
         except KVCompressError as error:
             raise _PassedOn(str(error), untouched) from None
