@@ -144,7 +144,7 @@ def test_rejected_drafts_leave_no_trace(tiny_model, kernels, max_tokens):
     assert_same(drafted["rounds"][0], plain["rounds"][0])
 
 
-@pytest.mark.parametrize("policy", ["epicache", "h2o"])
+@pytest.mark.parametrize("policy", ["epicache", pytest.param("h2o", marks=pytest.mark.long)])
 def test_eviction_is_that_of_the_torch_path(policy, tmp_path):
     """Passes for queries, scores, compactions, steps without evicted pages, beside a request that keeps everything."""
     model = save_model(tmp_path / "model", layers=1, heads=3, kv_heads=1)
