@@ -102,14 +102,18 @@ def watch_compactions(worker: Any) -> None:
 
     worker.seconds = {"_run": 0.0, "_score_layer": 0.0, "compact": 0.0, "compactions": 0}
 
+    def settle() -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
     def timed(name: str) -> None:
         original = getattr(EvictionWorker, name)
 
         def run(self: Any, *args: Any) -> Any:
-            torch.accelerator.synchronize() if torch.accelerator.is_available() else None
+            settle()
             started = time.perf_counter()
             result = original(self, *args)
-            torch.accelerator.synchronize() if torch.accelerator.is_available() else None
+            settle()
             worker.seconds[name] += time.perf_counter() - started
             worker.seconds["compactions"] += name == "compact"
             return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -254,24 +254,11 @@ class GpuAttention:
         slots = Slots(pages, layout, table, num_slots, workspace, self.constants.sketch)
         return score(policy, slots, rotated, offset, self.scale, previous)
 
-    def compact(
-        self,
-        pages: torch.Tensor,
-        layout: PageLayout,
-        table: torch.Tensor,
-        *,
-        num_sources: int,
-        targets: torch.Tensor,
-        scores: torch.Tensor,
-        protected: torch.Tensor,
-        is_first: bool,
-    ) -> torch.Tensor:
-        """Evict from one request's pages, in place: `triton_kernels.compact.compact`, whose result this is."""
+    def compact(self, pages: torch.Tensor, layout: PageLayout, table: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """Evict from one request's pages, in place: `triton_kernels.compact.compact`, whose arguments and result these
+        are but for the layer's constants."""
         constants = self.constants
-        return compact(
-            pages, layout, table, num_sources, targets, scores, protected, is_first, constants.clip_k,
-            sketch=constants.sketch,
-        )  # fmt: skip
+        return compact(pages, layout, table, **arguments, clip_k=constants.clip_k, sketch=constants.sketch)
 
     def _store(
         self,

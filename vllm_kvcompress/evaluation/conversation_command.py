@@ -163,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
                     seed=args.seed,
                     extra={"enable_prefix_caching": True, "max_num_seqs": _AT_ONCE, **args.engine_args},
                 ),
+                sizes=[len(histories[reading.history].tokens) for reading, _ in part],
                 max_tokens=args.max_tokens,
                 stop_tokens=[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
             )

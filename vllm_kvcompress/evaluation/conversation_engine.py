@@ -55,6 +55,8 @@ class Reply(BaseModel):
 class ConversationJob(EngineJob):
     """Readings, one after the other; histories.json and readings.json hold them."""
 
+    sizes: list[int]
+    """Tokens of each reading"""
     max_tokens: int
     """Of an answer"""
     stop_tokens: list[int]
@@ -63,13 +65,6 @@ class ConversationJob(EngineJob):
     def replies_file(self) -> Path:
         """One line of JSON a question, reading by reading."""
         return self.folder / "replies.jsonl"
-
-    @property
-    def sizes(self) -> list[int]:
-        """Tokens of each reading."""
-        histories = json.loads((self.folder / "histories.json").read_text())
-        readings = json.loads((self.folder / "readings.json").read_text())
-        return [len(histories[reading["history"]]) for reading in readings]
 
     def write(self, histories: list[list[int]], readings: list[Reading]) -> None:
         """Leave what `run_job` reads."""
