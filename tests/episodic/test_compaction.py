@@ -7,7 +7,7 @@ import secrets
 import pytest
 import torch
 
-from vllm_kvcompress.episodic.policies import POLICIES, Layer, Policy, protected_slots
+from vllm_kvcompress.episodic.policies import POLICIES, Layer, Policy, protected_slots, select
 from vllm_kvcompress.formats import format_names, get_format
 from vllm_kvcompress.formats.base import page_fields, read_pages, write_tokens
 from vllm_kvcompress.kernels import compaction
@@ -86,16 +86,10 @@ class Memory:
         """Also takes the freed pages out of the table."""
         pages, table = (self.pages, self.layout), torch.tensor(self.table)
         scores = compaction.score(*pages, table, self.num_slots, policy, queries, key_offset, SCALE)
-        kept = compaction.compact(
-            *pages,
-            table,
-            num_sources,
-            table[:budget],
-            scores,
-            protected_slots(policy, self.num_slots, num_sources * PAGE, budget * PAGE, protected, table.device),
-            is_first,
-            1.0,
-        )
+        sources = num_sources * PAGE
+        must = protected_slots(policy, self.num_slots, sources, budget * PAGE, protected, table.device)
+        kept = select(scores[:, :sources], budget * PAGE, must)
+        compaction.compact(*pages, table, table[:budget], kept, is_first, 1.0)
         self.unused += self.table[budget:num_sources]
         del self.table[budget:num_sources]
         self.num_slots -= (num_sources - budget) * PAGE

@@ -123,9 +123,10 @@ def compact(name, dim, policy, group=GROUP, budget=1, offset=False):
     queries = torch.empty(64, HEADS * group, dim, dtype=torch.float16)
     slots = Slots(pages, layout, table, budget * 128 + 100, workspace, sketch)
     scores = score(POLICIES[policy], slots, queries, torch.empty(HEADS, dim) if offset else None, 0.1)
-    protected = torch.zeros(budget * 128, dtype=torch.bool)
-    clip = torch.ones(pages.shape[1])
-    compact(pages, layout, table, budget, table[:budget], scores, protected, True, clip, sketch=sketch)
+    assert scores.shape == (HEADS, budget * 128 + 100)
+    kept = torch.arange(budget * 128).expand(2, HEADS, -1).contiguous()
+    for is_first in (True, False):
+        compact([pages, pages], layout, table, table[:budget], kept, is_first, torch.ones(2, HEADS), sketch=sketch)
 
 
 def merge(dim, dtype, rotated=True):

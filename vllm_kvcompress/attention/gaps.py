@@ -16,6 +16,7 @@ import torch
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 
 from vllm_kvcompress.checks import evicts
+from vllm_kvcompress.kernels.transfer import to_device
 
 M = TypeVar("M")
 
@@ -88,13 +89,6 @@ def close_gaps(metadata: Any, gaps: list[Gap], page_tokens: int) -> None:
         longest = int(bounds[: common.num_reqs].max())
     common = replace(common, block_table_tensor=table, seq_lens_cpu_upper_bound=bounds, max_seq_len=longest)
     vars(metadata).update(vars(builder.make(common)))
-
-
-def to_device(values: list[int] | list[list[int]], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor that is on the device when kernels launched from now on run; the host does not wait."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def _move_tails(table: torch.Tensor, gaps: list[Gap], per_page: int) -> None:

@@ -7,9 +7,9 @@ host numbers alone, and nothing here waits for the device. Prefills never run in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -254,12 +254,6 @@ class GpuAttention:
         slots = Slots(pages, layout, table, num_slots, workspace, self.constants.sketch)
         return score(policy, slots, rotated, offset, self.scale, previous)
 
-    def compact(self, pages: torch.Tensor, layout: PageLayout, table: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """Evict from one request's pages, in place: `triton_kernels.compact.compact`, whose arguments and result these
-        are but for the layer's constants."""
-        constants = self.constants
-        return compact(pages, layout, table, **arguments, clip_k=constants.clip_k, sketch=constants.sketch)
-
     def _store(
         self,
         key: torch.Tensor,
@@ -405,6 +399,20 @@ class GpuAttention:
                 _aligned(history_lse),
                 self.constants.v_unrotation,
             )
+
+
+def compact_layers(
+    layers: Sequence[GpuAttention],
+    pages: Sequence[torch.Tensor],
+    layout: PageLayout,
+    table: torch.Tensor,
+    targets: torch.Tensor,
+    kept: torch.Tensor,
+    is_first: bool,
+) -> None:
+    """Evict from one request's pages in several layers, in place: `triton_kernels.compact.compact`."""
+    clip_k = torch.stack([layer.constants.clip_k for layer in layers])
+    compact(pages, layout, table, targets, kept, is_first, clip_k, sketch=layers[0].constants.sketch)
 
 
 def _aligned(lse: torch.Tensor) -> torch.Tensor:

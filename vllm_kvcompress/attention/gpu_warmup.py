@@ -17,19 +17,18 @@ from typing import Any
 
 import torch
 
-from vllm_kvcompress.attention.gpu import GpuAttention
+from vllm_kvcompress.attention.gpu import GpuAttention, compact_layers
 from vllm_kvcompress.attention.gpu_metadata import make_metadata
 from vllm_kvcompress.attention.window_layer import WindowMetadata
-from vllm_kvcompress.episodic.policies import POLICIES, Policy, protected_slots
+from vllm_kvcompress.episodic.policies import POLICIES, Policy, protected_slots, select_without_waiting
 from vllm_kvcompress.formats.base import PageLayout
 
 logger = logging.getLogger("vllm.kvcompress")
 
 # Tokens of made-up steps: some between any two sizes at which a kernel changes its tiles.
 _SIZES = (2, 12, 48, 200, 1000, 4000)
-# Queries of made-up evictions, and the tokens of budgets around which the store kernel changes its tiles.
+# Queries of made-up evictions.
 _QUERIES = 256
-_BUDGETS = (128, 2048, 2049)
 # Lengths that decodes are said to have: they decide into how many shares Triton cuts a request.
 _LENGTHS = tuple(256 << shift for shift in range(8))
 
@@ -65,34 +64,26 @@ def warm_up_eviction(attention: GpuAttention, layout: PageLayout) -> None:
         return
     _done.add(kind)
     started = time.perf_counter()
-    smallest, *others = sorted({-(-tokens // layout.page_tokens) for tokens in _BUDGETS})
     for policy in POLICIES.values():
-        run_eviction(attention, layout, policy, smallest)
-    for budget in others:  # only what is written depends on it
-        run_eviction(attention, layout, POLICIES["streaming"], budget)
+        run_eviction(attention, layout, policy, True)
+    run_eviction(attention, layout, POLICIES["streaming"], False)
     torch.cuda.synchronize(attention.device)
     logger.info("kernels of eviction are compiled and loaded: %.1f s", time.perf_counter() - started)
 
 
-def run_eviction(attention: GpuAttention, layout: PageLayout, policy: Policy, budget_pages: int) -> torch.Tensor:
-    """One made-up eviction, all of whose pages are the same empty one. Returns the kept slots [H, budget]."""
+def run_eviction(attention: GpuAttention, layout: PageLayout, policy: Policy, is_first: bool) -> torch.Tensor:
+    """One made-up eviction, all of whose pages are the same empty one. Returns the kept slots [1, H, budget]."""
     device, heads = attention.device, attention.num_kv_heads
     pages = torch.zeros(2, heads, layout.head_bytes, dtype=torch.uint8, device=device)
-    table = torch.ones(budget_pages + 2, dtype=torch.int64, device=device)
+    table = torch.ones(3, dtype=torch.int64, device=device)
     shape = (_QUERIES, attention.num_heads, attention.head_dim)
     queries = None if policy.queries == "none" else torch.zeros(shape, dtype=attention.dtype, device=device)
-    count = len(table) * layout.page_tokens - 1
-    sources, budget = (number * layout.page_tokens for number in (budget_pages + 1, budget_pages))
-    return attention.compact(
-        pages,
-        layout,
-        table,
-        num_sources=budget_pages + 1,
-        targets=table[:budget_pages],
-        scores=attention.score(pages, layout, table, count, policy, queries, None),
-        protected=protected_slots(policy, count, sources, budget, 0, device),
-        is_first=True,
-    )
+    count, budget = len(table) * layout.page_tokens - 1, layout.page_tokens
+    scores = attention.score(pages, layout, table, count, policy, queries, None)[:, : 2 * budget]
+    protected = protected_slots(policy, count, 2 * budget, budget, 0, device)
+    kept = select_without_waiting(scores, budget, protected).unsqueeze(0)
+    compact_layers([attention], [pages], layout, table, table[:1], kept, is_first)
+    return kept
 
 
 def _steps(attention: GpuAttention, page_tokens: int, max_model_len: int) -> Iterator[tuple[list[int], list[int], int]]:

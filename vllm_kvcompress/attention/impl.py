@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -372,12 +373,26 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
                 queries = torch.einsum("thgd,hde->thge", grouped, self._k_rotation).flatten(1, 2)
         return compaction.score(pages, layout, table, num_slots, policy, queries, offset, self.scale, previous)
 
-    def compact(self, kv_cache: torch.Tensor, table: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """Evict from one request's pages, in place: `compaction.compact`, whose arguments and result these are."""
-        pages, layout = self._pages(kv_cache)
-        if self._gpu is not None:
-            return self._gpu.compact(pages, layout, table, **arguments)
-        return compaction.compact(pages, layout, table, **arguments, clip_k=self._clip_k)
+    @staticmethod
+    def compact(
+        layers: Sequence[Any], table: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor, is_first: bool
+    ) -> None:
+        """Evict from one request's pages, in place: `compaction.compact` in layers of one KV cache group.
+
+        Args:
+            kept: [L, H, M] int64, of every layer.
+        """
+        impls: list[KVCompressImpl] = [layer.impl for layer in layers]
+        found = [impl._pages(layer.kv_cache) for impl, layer in zip(impls, layers, strict=True)]
+        pages, layout = [one for one, _ in found], found[0][1]
+        gpus = [impl._gpu for impl in impls if impl._gpu is not None]
+        if gpus:
+            from vllm_kvcompress.attention.gpu import compact_layers
+
+            compact_layers(gpus, pages, layout, table, targets, kept, is_first)
+            return
+        for impl, one, slots in zip(impls, pages, kept, strict=True):
+            compaction.compact(one, layout, table, targets, slots, is_first, impl._clip_k)
 
     def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, PageLayout]:
         """[num_pages, H, head_bytes] uint8, and what is where in them."""

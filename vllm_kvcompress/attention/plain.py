@@ -7,6 +7,7 @@ the spec of our pages and builds steps again without what was evicted (`gaps`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from vllm_kvcompress import compat
 from vllm_kvcompress.attention.gaps import ClosesGaps
 from vllm_kvcompress.attention.pages import PageSpec
 from vllm_kvcompress.checks import evicts
-from vllm_kvcompress.episodic.policies import Layer, Policy, select
+from vllm_kvcompress.episodic.policies import Layer, Policy
 from vllm_kvcompress.errors import UnsupportedModelError
 
 
@@ -87,21 +88,17 @@ def score(
     return policy.score(Layer(keys.float(), queries, layer.impl.scale, previous))
 
 
-def compact(
-    layer: Any,
-    table: torch.Tensor,
-    *,
-    num_sources: int,
-    targets: torch.Tensor,
-    scores: torch.Tensor,
-    protected: torch.Tensor,
-) -> torch.Tensor:
-    """As `compaction.compact`. Waits for the device."""
-    caches = compat.plain_pages(layer)
-    page_tokens = caches[0].shape[2]
-    kept = select(scores[:, : len(protected)], len(targets) * page_tokens, protected)
-    for cache in caches:
-        rows = cache[table[:num_sources]].transpose(1, 2).flatten(0, 1)
-        index = kept.T.unsqueeze(-1).expand(-1, -1, rows.shape[-1])
-        cache[targets] = rows.gather(0, index).unflatten(0, (len(targets), page_tokens)).transpose(1, 2)
-    return kept
+def compact(layers: Sequence[Any], table: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor) -> None:
+    """As `compaction.compact`, of the caches of layers with one of vLLM's own backends.
+
+    Args:
+        kept: [L, H, M] int64, of every layer.
+    """
+    page_tokens = compat.plain_pages(layers[0])[0].shape[2]
+    heads = torch.arange(kept.shape[1], device=kept.device).unsqueeze(1)
+    places = torch.arange(kept.shape[2], device=kept.device)
+    into = (targets[places // page_tokens], heads, places % page_tokens)
+    pages, offsets = table[kept // page_tokens], kept % page_tokens
+    for number, layer in enumerate(layers):
+        for cache in compat.plain_pages(layer):
+            cache[into] = cache[pages[number], heads, offsets[number]]

@@ -275,6 +275,21 @@ def select(scores: torch.Tensor, budget: int, protected: torch.Tensor | None = N
     return order.gather(-1, first)[:, :budget].sort(dim=-1).values
 
 
+def select_without_waiting(scores: torch.Tensor, budget: int, protected: torch.Tensor) -> torch.Tensor:
+    """`select` without its checks, which wait for the device: a NaN counts as the lowest score.
+
+    To tell the host of one would mean to wait too, and an assertion on the device ends the engine for every request.
+    What makes it has made NaN of a model's output before, for this request alone.
+
+    Args:
+        scores: [Hkv, T] float32. protected: [T] bool, no more than `budget`, itself at most T.
+    """
+    limit = torch.finfo(scores.dtype).max
+    ranked = scores.nan_to_num(nan=-torch.inf, posinf=limit, neginf=-limit).masked_fill(protected, torch.inf)
+    from_the_end = ranked.flip(-1).sort(dim=-1, descending=True, stable=True).indices[:, :budget]
+    return (scores.shape[1] - 1 - from_the_end).sort(dim=-1).values
+
+
 def layer_sensitivity(full: torch.Tensor, masked: torch.Tensor) -> float:
     """How much a layer's keys depend on distant context: 1 - mean cosine; 0 = not at all, at most 2.
 

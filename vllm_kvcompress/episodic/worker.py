@@ -14,12 +14,13 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvcompress import compat
 from vllm_kvcompress.attention import plain
-from vllm_kvcompress.attention.gaps import ClosesGaps, Gap, close_gaps, to_device
+from vllm_kvcompress.attention.gaps import ClosesGaps, Gap, close_gaps
 from vllm_kvcompress.attention.impl import KVCompressImpl
 from vllm_kvcompress.attention.pages import PageSpec
 from vllm_kvcompress.attention.window_layer import WINDOW_SUFFIX
 from vllm_kvcompress.episodic.host import HostPages
-from vllm_kvcompress.episodic.policies import POLICIES, Policy, protected_slots
+from vllm_kvcompress.episodic.policies import POLICIES, Policy, protected_slots, select, select_without_waiting
+from vllm_kvcompress.kernels.transfer import to_device
 
 if TYPE_CHECKING:
     from vllm_kvcompress.episodic.connector import NullRange, Order
@@ -58,6 +59,7 @@ class EvictionWorker:
     def compact(self, order: Order) -> None:
         """Evict from the layers of some groups; the pages are still as the step before left them."""
         policy, device = POLICIES[order.eviction.policy], self._config.device_config.device
+        choose = select if device.type == "cpu" else select_without_waiting
         due = [part.group for part in order.parts]
         # Sums go on in every layer: once some have evicted, none can be read as it was before.
         every = [number for number, (spec, _) in enumerate(self._groups) if isinstance(spec, PageSpec)]
@@ -68,22 +70,20 @@ class EvictionWorker:
             table, targets = (
                 to_device(pages, torch.int64, device) for pages in (self._live(order, part.group), part.targets)
             )
-            num_sources = part.end - (end - begin)
-            sources = num_sources * page_tokens
+            sources = (part.end - (end - begin)) * page_tokens
             num_slots = order.num_tokens - self._null_tokens(order, part.group)
             budget, leading = len(part.targets) * page_tokens, order.eviction.protected_tokens
             protected = protected_slots(policy, num_slots, sources, budget, leading, device)
-            for name in names:
-                layer, found = self._context[name], scores[name]
-                arguments: dict[str, Any] = {
-                    "num_sources": num_sources, "targets": targets, "scores": found, "protected": protected
-                }  # fmt: skip
-                if isinstance(layer.impl, KVCompressImpl):
-                    kept = layer.impl.compact(layer.kv_cache, table, **arguments, is_first=begin == end)
-                else:
-                    kept = plain.compact(layer, table, **arguments)
-                if policy.accumulates:
-                    scores[name] = torch.cat([found.gather(1, kept), found[:, sources:]], dim=1)
+            layers, found = [self._context[name] for name in names], [scores[name] for name in names]
+            kept = choose(torch.cat([one[:, :sources] for one in found]), budget, protected)
+            kept = kept.unflatten(0, (len(names), -1))
+            if isinstance(layers[0].impl, KVCompressImpl):
+                KVCompressImpl.compact(layers, table, targets, kept, is_first=begin == end)
+            else:
+                plain.compact(layers, table, targets, kept)
+            if policy.accumulates:
+                for name, one, slots in zip(names, found, kept, strict=True):
+                    scores[name] = torch.cat([one.gather(1, slots), one[:, sources:]], dim=1)
         if policy.accumulates:
             self._summed[order.request_id] = {name: x.to("cpu", non_blocking=True) for name, x in scores.items()}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_kvcompress.episodic.policies import Layer, Policy, select
+from vllm_kvcompress.episodic.policies import Layer, Policy
 from vllm_kvcompress.formats.base import PageLayout, RowFields, page_fields, read_pages, write_tokens
 
 
@@ -55,33 +55,22 @@ def compact(
     pages: torch.Tensor,
     layout: PageLayout,
     table: torch.Tensor,
-    num_sources: int,
     targets: torch.Tensor,
-    scores: torch.Tensor,
-    protected: torch.Tensor,
+    kept: torch.Tensor,
     is_first: bool,
     clip_k: torch.Tensor | float,
-) -> torch.Tensor:
-    """Write the best slots of a request's first `num_sources` pages to `targets`.
+) -> None:
+    """Write the slots that are kept (`policies.select`) to pages `targets`, in their order.
 
     Args:
         pages: [num_pages, H, head_bytes] uint8, written in place.
         table: [n] int64, the request's pages that are not null, in order.
-        num_sources: pages to choose from, all full; later slots stay.
         targets: [n'] int64, the budget's pages; the first of `table`, or others where those are shared.
-        scores: [H, T] float32 of all slots: the softmax of most policies sees those that stay, too.
-        protected: [num_sources * page_tokens] bool, slots that are kept whatever their score.
+        kept: [H, n' * page_tokens] int64, slots in `table`, ascending.
         is_first: the request's first compaction.
         clip_k: share of the range (quantizers/affine.py), float or [H], of keys that are quantised again.
-
-    Returns:
-        [H, n' * page_tokens] int64: the slots that were kept, ascending.
-
-    Raises:
-        ValueError: scores that are not finite, a budget that does not hold what is protected.
     """
-    kept = select(scores[:, : len(protected)], len(targets) * layout.page_tokens, protected)
-    copied = pages[table[:num_sources]]  # for sources and targets overlap
+    copied = pages[table]  # for sources and targets overlap
     before, after = page_fields(copied, layout), page_fields(pages, layout)
     unchanged = torch.ones_like(kept, dtype=torch.bool)
     if before.k_mean is not None and after.k_mean is not None:
@@ -90,7 +79,7 @@ def compact(
         keys, values = keys.gather(0, index), values.gather(0, index)
         limit = torch.finfo(torch.float16).max
         after.k_mean[targets] = keys.mean(0).clamp(-limit, limit).half() if is_first else before.k_mean[0]
-        same = (before.k_mean == after.k_mean[targets[0]]).all(-1)  # [num_sources, H]
+        same = (before.k_mean == after.k_mean[targets[0]]).all(-1)  # [n, H]
         unchanged = same.T.gather(1, kept // layout.page_tokens)
         offsets = torch.arange(layout.page_tokens, device=table.device)
         slots = (targets.unsqueeze(1) * layout.page_tokens + offsets).flatten()
@@ -101,7 +90,6 @@ def compact(
     ):  # fmt: skip
         for old, new in zip(_regions(source), _regions(destination), strict=True):
             _move(old, new, targets, kept, where)
-    return kept
 
 
 def _regions(rows: RowFields) -> list[torch.Tensor]:
