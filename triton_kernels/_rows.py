@@ -364,7 +364,8 @@ def read_back_rows(
         norm = tl.load(norm_ptr + offset, mask=inside, other=0.0).to(tl.float32) * (SIGN_MEAN / D)
         sign_rows = page_rows + ROWS.signs + offset * (D // 8)
         residual = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-        for begin in tl.static_range(0, BLOCK_D, 32):  # rows of S at a time
+        # Rows of S at a time; unrolled, all of S would be kept in shared memory over the caller's loop.
+        for begin in tl.range(0, BLOCK_D, 32, num_stages=1):
             of = begin + tl.arange(0, 32)
             bits = codes_by_lane(sign_rows, of, inside[:, None] & (of < D)[None, :], 1)
             sketch = tl.load(

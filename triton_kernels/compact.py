@@ -178,7 +178,7 @@ def _sum_kernel(
     pages_ptr = _layer_pages(pages_ptr, offsets_ptr, layer, ALIGNED)
     kept_ptr += (layer * heads + head) * count * PAGE_TOKENS
     sums = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
-    for begin in tl.range(0, PAGE_TOKENS, BLOCK, num_stages=1):  # pipelined, S would fill the shared memory
+    for begin in range(0, PAGE_TOKENS, BLOCK):
         rows = page * PAGE_TOKENS + begin + tl.arange(0, BLOCK)
         source, before = _survivors(pages_ptr, page_stride, table_ptr, kept_ptr, head, rows, PAGE_TOKENS, HEAD_BYTES)
         sums += _means(source, K_MEAN, D, BLOCK_D).to(tl.float32)
