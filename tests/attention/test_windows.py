@@ -212,7 +212,7 @@ def test_the_reservation_is_the_peak(sinks, recent, drafts, batches):
 
 
 def test_the_default_reservation():
-    """The README's number."""
+    """The number in docs/formats.md."""
     assert make(64, 256)[2].max_admission_blocks_per_request == 4 + 2 * 17
 
 

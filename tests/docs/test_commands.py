@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands of the pages in docs/: what a block is marked with decides what happens to it.
+"""Commands of README.md and of the pages in docs/: what a block is marked with decides what happens to it.
 
 `<!-- run -->`: run, in the page's order, in a folder with a small random model, where every word stands as in the page.
 `<!-- needs a GPU -->`, `<!-- needs a container engine -->`, or no mark (what starts an engine, or installs): given to
@@ -27,7 +27,7 @@ from vllm_kvcompress.config import load_settings
 from vllm_kvcompress.evaluation.specs import parse_formats
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"bash", "python", "json", "text"}
 _FENCE = re.compile(r"(?:<!-- ([^>]*) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 MARKS = {"", "run", "needs a GPU", "needs a container engine"}

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of docs/: the site is built without warnings, links lead somewhere, and pages say what the code says."""
+"""Pages of docs/: the site is built without warnings, links lead somewhere, and pages say what the code says.
+
+README.md repeats a little of them.
+"""
 
 import ast
 import re
@@ -52,8 +55,16 @@ def test_faults_fail_the_build(fault, tmp_path):
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
 def test_links_in_the_repository(page):
-    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text(encoding="utf-8")):
+        other = page.parent / target if target else page
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other), f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_settings_reference_is_current():
@@ -83,6 +94,29 @@ def test_formats():
         assert centring == {"page": "mean per page", "static": "calibrated mean", "none": "none"}[page_format.centring]
         optional = "optional" if page_format.splits_channels else "no"
         assert calibration == ("yes" if page_format.needs_calibration else optional)
+
+
+def test_formats_of_the_readme():
+    pages = rows("formats.md", "# Formats")
+    measured = rows("accuracy.md", "### SmolLM2-135M-Instruct")
+    for name, (calibration, size, ratio, kl) in rows("../README.md", "## Formats").items():
+        _, _, expected, sizes, times = pages[name]
+        assert [calibration, size, ratio] == [expected, sizes.split(" / ")[2], times]
+        assert kl == (measured[name][3].split()[0] if name in measured else "")
+
+
+def test_speeds_of_the_readme():
+    pages = rows("performance.md", "## Decode attention")
+    for name, cells in rows("../README.md", "## Performance").items():
+        assert cells == pages[name][: len(cells)]
+
+
+def test_figures_of_the_readme():
+    """None stands there alone."""
+    pages = " ".join(page.read_text(encoding="utf-8") for page in PAGES)
+    text = re.sub(r"arXiv \S+", "", (ROOT / "README.md").read_text(encoding="utf-8"))
+    alone = set(re.findall(r"\d+\.\d+", text)) - set(re.findall(r"\d+\.\d+", pages))
+    assert not alone
 
 
 def test_recipes():

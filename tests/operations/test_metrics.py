@@ -78,8 +78,8 @@ def test_other_engines_metrics_and_logs_are_vllms():
     assert logged.transfer_stats_accumulator == {"bytes": 1}
 
 
-def test_the_readme_lists_them(registry, exported):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_page_on_operations_lists_them(registry, exported):
+    page = (Path(__file__).parents[2] / "docs/operations.md").read_text(encoding="utf-8")
     text = prometheus_client.generate_latest(registry).decode()
     names = {line.split("{")[0] for line in text.splitlines() if line.startswith("vllm:") and "_created{" not in line}
-    assert names == set(re.findall(r"vllm:kvcompress_\w+", readme))
+    assert names == set(re.findall(r"vllm:kvcompress_\w+", page))

@@ -29,7 +29,10 @@ class EpisodicSettings(BaseModel):
 
     budget: int = Field(ge=MIN_BUDGET, description="tokens a layer keeps of a history, per KV head")
     block_tokens: int = Field(
-        2048, ge=PAGE_TOKENS, multiple_of=PAGE_TOKENS, description="tokens prefilled between two evictions"
+        2048,
+        ge=PAGE_TOKENS,
+        multiple_of=PAGE_TOKENS,
+        description="tokens prefilled between two evictions, and the longest step of any prompt",
     )
     threshold_tokens: int | None = Field(
         None, ge=1, description="histories up to this length are left alone (default budget + block_tokens)"
