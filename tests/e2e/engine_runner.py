@@ -173,17 +173,16 @@ def last_position(wrapper) -> int:
 
 def watch_survivors(wrapper) -> None:
     """Remember the slots that every compaction keeps (`survivors`), layer by layer: [own KV heads, M]."""
-    from vllm_kvcompress.kernels import compaction
+    from vllm_kvcompress.attention.impl import KVCompressImpl
 
-    original = compaction.compact
+    original = KVCompressImpl.compact
     wrapper.worker.survivors = []
 
-    def compact(*args, **kwargs):
-        kept = original(*args, **kwargs)
-        wrapper.worker.survivors.append(kept.tolist())
-        return kept
+    def compact(layers, table, targets, kept, is_first):
+        original(layers, table, targets, kept, is_first)
+        wrapper.worker.survivors += kept.tolist()
 
-    compaction.compact = compact
+    KVCompressImpl.compact = staticmethod(compact)
 
 
 def survivors(wrapper) -> list:
