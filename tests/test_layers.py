@@ -98,3 +98,17 @@ def test_no_circles():
 def test_every_layer_is_there():
     unknown = [n for names in LAYERS for n in names.split() if n != "__version__" and n not in MODULES]
     assert not unknown
+
+
+LONG = {
+    "csrc/decode_sm90.cuh": "one kernel, a template whose parts share registers and shared memory by name",
+}
+"""Longer than 500 lines, and why."""
+
+
+def test_modules_are_short():
+    """Benchmarks are not modules but scripts: each in one file, to be run where it lies."""
+    sources = [p for top in (PACKAGE, "triton_kernels", "calibration", "csrc") for p in (ROOT / top).rglob("*.*")]
+    sources = [p for p in sources if p.suffix in (".py", ".cu", ".cuh", ".cpp")]
+    long = {p.relative_to(ROOT).as_posix() for p in sources if len(p.read_text().splitlines()) > 500}
+    assert long == LONG.keys()

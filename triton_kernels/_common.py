@@ -16,6 +16,8 @@ from vllm_kvcompress.formats.base import PageLayout
 FP16_MAX = tl.constexpr(65504.0)
 BLOCK_K = tl.constexpr(32)
 """Channels multiplied at a time."""
+NOTHING_SEEN = tl.constexpr(-1e30)
+"""Maximum of rows that have seen nothing: below any score, and its difference from itself is 0, not NaN."""
 
 
 @triton.jit

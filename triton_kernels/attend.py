@@ -25,37 +25,33 @@ import triton.language as tl
 
 from vllm_kvcompress.formats.base import PageLayout
 from vllm_kvcompress.triton_kernels import _common, _paged
-from vllm_kvcompress.triton_kernels._common import BLOCK_K, cast
+from vllm_kvcompress.triton_kernels._attend_parts import (
+    attend_exact,
+    exact_values,
+    part_queries,
+    part_rows,
+    part_zeros,
+    range_channels,
+    reduce_kernel,
+    scores_of_part,
+    sign_scores,
+    sketched_queries,
+    sums_of_part,
+)
+from vllm_kvcompress.triton_kernels._common import NOTHING_SEEN, cast
 from vllm_kvcompress.triton_kernels._paged import (
-    BEND,
-    BITS,
-    CHANNEL,
-    CHANNELS,
-    CHUNK_COUNT,
-    CHUNK_ENTRIES,
     CODES,
-    COLUMNS,
-    POSITIONS,
     SCALES,
-    UNIT,
     codes_at,
-    interleave,
     interleave_four,
     is_windowed,
-    levels_at,
-    load_halves,
     load_part,
     load_part_scales,
     load_scales,
-    load_words,
     request_lengths,
     split_four,
     window_rows,
 )
-
-# Maximum of rows that have seen nothing: below any score, and its difference from itself is 0, not NaN.
-_NOTHING_SEEN = tl.constexpr(-1e30)
-_SIGN_UNIT = tl.constexpr(math.sqrt(math.pi / 2))
 
 
 def attend(
@@ -86,7 +82,7 @@ def attend(
 
     Args:
         q: [T, Hq, D] float16 in cache space; the last dimension is contiguous. Head i reads KV head i // (Hq / H).
-        new_kv: [>= T, H, 2 * D] `window_dtype`, contiguous: K then V of the step's tokens in cache space.
+        new_kv: [>= T, H, 2 * D] `window_dtype`, bfloat16 or float16, contiguous: the step's K then V in cache space.
         pages: [num_pages, H, head_bytes] uint8; any stride of pages, each page contiguous.
         block_table: [R, max_pages] int32, 0 = null page.
         query_start_loc: [R + 1] int32; rows from query_start_loc[R] on are padding.
@@ -94,7 +90,6 @@ def attend(
         out: [T, Hq, D] float16, bfloat16 or float32, written in cache space of the values; last dimension contiguous.
         scale: softmax scale, positive.
         window_cache: [num_blocks, H, block, 4 * D] uint8 or None; window_table: [R, max_blocks] int32, 0 = no block.
-        window_dtype: bfloat16 or float16.
         max_query_len: most new tokens of a request, or more.
         num_splits: shares into which what a tile of rows sees is cut, for programs enough where requests are few.
         workspace: 1-D float32 of `workspace_elements` elements, or None with one split.
@@ -129,15 +124,13 @@ def attend(
         raise ValueError(f"{num_splits} splits of {tokens} tokens need a float32 workspace of {needed} elements")
     if tokens == 0 or requests == 0:
         return
-
     group = query_heads // heads
     block_d = constants["BLOCK_D"]
     tile = _tile(max_query_len * group, block_d, _paged.narrowest(constants["V_PARTS"]), layout.is_two_bit)
     row_tiles = triton.cdiv(max_query_len * group, tile["BLOCK_M"])
     _attend_kernel[(row_tiles * heads, num_splits, requests)](
         q,
-        q.stride(0),
-        q.stride(1),
+        *q.stride()[:2],
         new_kv,
         pages,
         pages.stride(0),
@@ -150,8 +143,7 @@ def attend(
         query_start_loc,
         seq_lens,
         out,
-        out.stride(0),
-        out.stride(1),
+        *out.stride()[:2],
         workspace if num_splits > 1 else None,
         sketch,
         tokens,
@@ -167,13 +159,12 @@ def attend(
         **tile,
     )
     if num_splits > 1:
-        _reduce_kernel[(tokens, query_heads)](
+        reduce_kernel[(tokens, query_heads)](
             workspace,
             query_start_loc,
             requests,
             out,
-            out.stride(0),
-            out.stride(1),
+            *out.stride()[:2],
             tokens,
             num_splits,
             NUM_HEADS=query_heads,
@@ -323,13 +314,13 @@ def _attend_kernel(
     else:
         queries = ()
         for p in tl.static_range(len(K_PARTS)):
-            queries += (_part_queries(q_rows, row_mask, boost, K_PARTS, p),)
+            queries += (part_queries(q_rows, row_mask, boost, K_PARTS, p),)
         if SIGNS is not None:
-            sketched = _sketched(q_rows, row_mask, boost, sketch_ptr, D, BLOCK_M, BLOCK_D)
+            sketched = sketched_queries(q_rows, row_mask, boost, sketch_ptr, D, BLOCK_M, BLOCK_D)
     unboost = scale_log2 / boost
     q_sum = tl.sum(query.to(tl.float32), axis=1) * boost
 
-    top = tl.full([BLOCK_M], _NOTHING_SEEN, tl.float32)
+    top = tl.full([BLOCK_M], NOTHING_SEEN, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     middles = tl.zeros([BLOCK_M], tl.float32)
     # Accumulators are in units of the last tile's largest value scale: fp16 then holds weight times scale well,
@@ -344,7 +335,7 @@ def _attend_kernel(
         sums = ()
         units = ()
         for p in tl.static_range(len(V_PARTS)):
-            sums += (_part_zeros(V_PARTS, p, BLOCK_M),)
+            sums += (part_zeros(V_PARTS, p, BLOCK_M),)
             units += (tl.full([], 1.0, tl.float32),)
     head_offset = kv_head * HEAD_BYTES
     table_row = table_ptr + request.to(tl.int64) * table_stride
@@ -398,10 +389,10 @@ def _attend_kernel(
                     v_scales += (load_part_scales(head_ptr, in_page, read, V_AFFINE, V_PARTS, p),)
                 for p in tl.static_range(len(K_PARTS)):
                     k_scale, k_zero = load_part_scales(head_ptr, in_page, read, K_AFFINE, K_PARTS, p)
-                    part_scores = _part_scores(queries[p], k_words[p], k_scale, K_PARTS, p)
+                    part_scores = scores_of_part(queries[p], k_words[p], k_scale, K_PARTS, p)
                     scores = part_scores if p == 0 else scores + part_scores
                 if SIGNS is not None:
-                    scores += _sign_scores(sketched, head_ptr, in_page, exists, read, SIGNS, SIGN_NORMS, D, BLOCK_D)
+                    scores += sign_scores(sketched, head_ptr, in_page, exists, read, SIGNS, SIGN_NORMS, D, BLOCK_D)
             row_shift = tl.where(exists, tl.zeros([BLOCK_M], tl.float32), float("-inf"))
             if K_MEAN is not None:
                 mean_ptr = (head_ptr + K_MEAN).to(tl.pointer_type(tl.float16), bitcast=True)
@@ -439,7 +430,7 @@ def _attend_kernel(
                 tile_units = ()
                 for p in tl.static_range(len(V_PARTS)):
                     v_scale, v_middle = v_scales[p]
-                    part_sums, part_unit = _part_sums(
+                    part_sums, part_unit = sums_of_part(
                         sums[p], units[p], weights, decay, v_words[p], v_scale, V_PARTS, p
                     )
                     tile_sums += (part_sums,)
@@ -455,7 +446,7 @@ def _attend_kernel(
     else:
         accs = ()
         for p in tl.static_range(len(V_PARTS)):
-            accs += _part_rows(sums[p], units[p], middles, V_PARTS, p)
+            accs += part_rows(sums[p], units[p], middles, V_PARTS, p)
 
     exact_lanes = tl.arange(0, BLOCK_E)
     if window_ptr is not None:
@@ -471,8 +462,8 @@ def _attend_kernel(
             kv = kv_rows[:, None] + channels[None, :]
             kv_mask = exists[:, None] & in_channels[None, :]
             k = tl.load(kv, mask=kv_mask, other=0.0)
-            v = _exact_values(kv_rows + D, exists, V_RANGES)
-            top, total, accs = _attend_exact(query, k, v, exists[None, :], scale_log2, top, total, accs)
+            v = exact_values(kv_rows + D, exists, V_RANGES)
+            top, total, accs = attend_exact(query, k, v, exists[None, :], scale_log2, top, total, accs)
 
     first_new_unit = page_units + window_units
     begin = tl.maximum(unit_begin - first_new_unit, 0)
@@ -483,16 +474,16 @@ def _attend_kernel(
         kv = kv_rows[:, None] + channels[None, :]
         kv_mask = is_new[:, None] & in_channels[None, :]
         k = tl.load(kv, mask=kv_mask, other=0.0)
-        v = _exact_values(kv_rows + D, is_new, V_RANGES)
+        v = exact_values(kv_rows + D, is_new, V_RANGES)
         causal = is_new[None, :] & (keys[None, :] <= own_token[:, None])
-        top, total, accs = _attend_exact(query, k, v, causal, scale_log2, top, total, accs)
+        top, total, accs = attend_exact(query, k, v, causal, scale_log2, top, total, accs)
 
     if partial_ptr is None:
         out_rows = out_ptr + token * out_stride_token + head * out_stride_head
         # Every row has seen at least its own token.
         divisor = tl.where(row_mask, total, 1.0)[:, None]
         for r in tl.static_range(len(V_RANGES)):
-            of_range, in_range = _range_channels(V_RANGES, r)
+            of_range, in_range = range_channels(V_RANGES, r)
             result = cast(accs[r] / divisor, out_ptr.dtype.element_ty)
             tl.store(out_rows[:, None] + of_range[None, :], result, mask=row_mask[:, None] & in_range[None, :])
     else:
@@ -504,245 +495,6 @@ def _attend_kernel(
         # What a share without any token leaves is not read.
         seen = row_mask & (total > 0)
         for r in tl.static_range(len(V_RANGES)):
-            of_range, in_range = _range_channels(V_RANGES, r)
+            of_range, in_range = range_channels(V_RANGES, r)
             partial_rows = partial_ptr + index[:, None] * D + of_range[None, :]
             tl.store(partial_rows, accs[r], mask=seen[:, None] & in_range[None, :])
-
-
-@triton.jit
-def _part_queries(q_rows, row_mask, boost, PARTS: tl.constexpr, P: tl.constexpr):
-    """Queries for a part of the keys: for each chunk a tuple, by position, of [BLOCK_M, columns] fp16, times boost."""
-    COUNT: tl.constexpr = PARTS[P][CHUNK_COUNT]
-    queries = ()
-    for c in tl.static_range(COUNT):
-        queries += (_chunk_queries(q_rows, row_mask, boost, PARTS, P, c),)
-    return queries
-
-
-@triton.jit
-def _chunk_queries(q_rows, row_mask, boost, PARTS: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
-    FIRST: tl.constexpr = PARTS[P][CHANNEL + CHUNK_ENTRIES * C]
-    COUNT: tl.constexpr = PARTS[P][POSITIONS + CHUNK_ENTRIES * C]
-    WIDE: tl.constexpr = PARTS[P][COLUMNS + CHUNK_ENTRIES * C]
-    USED: tl.constexpr = PARTS[P][CHANNELS + CHUNK_ENTRIES * C] // COUNT
-    columns = tl.arange(0, WIDE)
-    mask = row_mask[:, None] & (columns < USED)[None, :]
-    queries = ()
-    for i in tl.static_range(COUNT):
-        query = tl.load(q_rows[:, None] + (FIRST + i + COUNT * columns)[None, :], mask=mask, other=0.0)
-        queries += ((query.to(tl.float32) * boost[:, None]).to(tl.float16),)
-    return queries
-
-
-@triton.jit
-def _sketched(q_rows, row_mask, boost, sketch_ptr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """S q * boost / D as fp16, a tuple by position of tensors [BLOCK_M, columns] for words of signs.
-
-    At most the largest of q * boost, for rows of S have length sqrt(D).
-
-    Args:
-        sketch_ptr: S [D, D] fp16, a row for each column of the result.
-    """
-    columns = tl.arange(0, BLOCK_D)
-    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for begin in tl.range(0, BLOCK_D, BLOCK_K):
-        lanes = begin + tl.arange(0, BLOCK_K)
-        mask = row_mask[:, None] & (lanes < D)[None, :]
-        query = tl.load(q_rows[:, None] + lanes[None, :], mask=mask, other=0.0)
-        query = (query.to(tl.float32) * boost[:, None]).to(tl.float16)
-        in_sketch = (columns < D)[:, None] & (lanes < D)[None, :]
-        sketch = tl.load(sketch_ptr + columns[:, None] * D + lanes[None, :], mask=in_sketch, other=0.0)
-        out = tl.dot(query, tl.trans(sketch), out)
-    x0, x1, x2, x3 = split_four((out * (1.0 / D)).to(tl.float16))
-    if BLOCK_D == 64:
-        return x0, x1, x2, x3
-    else:
-        # Bytes of signs, whole: column j of the i-th is column 8j + i.
-        x0, x4 = tl.split(x0.reshape(BLOCK_M, BLOCK_D // 8, 2))
-        x1, x5 = tl.split(x1.reshape(BLOCK_M, BLOCK_D // 8, 2))
-        x2, x6 = tl.split(x2.reshape(BLOCK_M, BLOCK_D // 8, 2))
-        x3, x7 = tl.split(x3.reshape(BLOCK_M, BLOCK_D // 8, 2))
-        return x0, x1, x2, x3, x4, x5, x6, x7
-
-
-@triton.jit
-def _part_scores(queries, words, scale, PARTS: tl.constexpr, P: tl.constexpr):
-    """[BLOCK_M, BLOCK_N] products of queries with a part of the keys, but for what `load_part_scales` calls middle."""
-    WIDTH: tl.constexpr = PARTS[P][BITS]
-    FACTOR: tl.constexpr = PARTS[P][UNIT]
-    CURVE: tl.constexpr = PARTS[P][BEND]
-    scores = tl.zeros([queries[0][0].shape[0], scale.shape[0]], tl.float32)
-    for c in tl.static_range(len(queries)):
-        for i in tl.static_range(len(queries[c])):
-            scores = tl.dot(queries[c][i], tl.trans(levels_at(words[c], i, WIDTH, CURVE)), scores)
-    return scores * (scale * FACTOR)[None, :]
-
-
-@triton.jit
-def _sign_scores(
-    sketched,
-    head_ptr,
-    tokens,
-    exists,
-    read,
-    SIGNS: tl.constexpr,
-    SIGN_NORMS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """[BLOCK_M, BLOCK_N] estimates of the products with the keys' residuals.
-
-    Args:
-        sketched: of `_sketched`.
-    """
-    rows = head_ptr + SIGNS + tokens * (D // 8)
-    COUNT: tl.constexpr = len(sketched)
-    words = (load_words(rows, exists, 1, D, COUNT, sketched[0].shape[1]),)
-    norms = load_halves(head_ptr, SIGN_NORMS, tokens, read)
-    scores = tl.zeros([sketched[0].shape[0], norms.shape[0]], tl.float32)
-    for i in tl.static_range(COUNT):
-        scores = tl.dot(sketched[i], tl.trans(levels_at(words, i, 1, 0.0)), scores)
-    return scores * (norms * _SIGN_UNIT)[None, :]
-
-
-@triton.jit
-def _part_zeros(PARTS: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr):
-    COUNT: tl.constexpr = PARTS[P][CHUNK_COUNT]
-    sums = ()
-    for c in tl.static_range(COUNT):
-        sums += (_chunk_zeros(PARTS, P, c, BLOCK_M),)
-    return sums
-
-
-@triton.jit
-def _chunk_zeros(PARTS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr):
-    COUNT: tl.constexpr = PARTS[P][POSITIONS + CHUNK_ENTRIES * C]
-    WIDE: tl.constexpr = PARTS[P][COLUMNS + CHUNK_ENTRIES * C]
-    sums = ()
-    for _ in tl.static_range(COUNT):
-        sums += (tl.zeros([BLOCK_M, WIDE], tl.float32),)
-    return sums
-
-
-@triton.jit
-def _part_sums(sums, unit, weights, decay, words, scale, PARTS: tl.constexpr, P: tl.constexpr):
-    """A tile's values of a part, weighted, added to `sums`, which decay.
-
-    Args:
-        sums: for each chunk a tuple, by position, of [BLOCK_M, columns] float32 in units of `unit`.
-
-    Returns:
-        The sums and their unit, the largest scale of the tile.
-    """
-    WIDTH: tl.constexpr = PARTS[P][BITS]
-    CURVE: tl.constexpr = PARTS[P][BEND]
-    largest_scale = tl.max(scale, axis=0)
-    tile_unit = tl.where(largest_scale > 0, largest_scale, unit)
-    scaled = (weights * (scale / tile_unit)[None, :]).to(tl.float16)
-    decay = (decay * (unit / tile_unit))[:, None]
-    new_sums = ()
-    for c in tl.static_range(len(sums)):
-        chunk_sums = ()
-        for i in tl.static_range(len(sums[c])):
-            levels = levels_at(words[c], i, WIDTH, CURVE)
-            chunk_sums += (tl.dot(scaled, levels, sums[c][i] * decay),)
-        new_sums += (chunk_sums,)
-    return new_sums, tile_unit
-
-
-@triton.jit
-def _part_rows(sums, unit, middles, PARTS: tl.constexpr, P: tl.constexpr):
-    """Accumulators of a part's chunks in the order of the channels and in units of 1."""
-    FACTOR: tl.constexpr = PARTS[P][UNIT]
-    accs = ()
-    for c in tl.static_range(len(sums)):
-        accs += (interleave(sums[c]) * (unit * FACTOR) + middles[:, None],)
-    return accs
-
-
-@triton.jit
-def _range_channels(RANGES: tl.constexpr, R: tl.constexpr):
-    """Channels of an accumulator in the row, and which of them it has."""
-    FIRST: tl.constexpr = RANGES[R][0]
-    COUNT: tl.constexpr = RANGES[R][1]
-    WIDE: tl.constexpr = RANGES[R][2]
-    lanes = tl.arange(0, WIDE)
-    return FIRST + lanes, lanes < COUNT
-
-
-@triton.jit
-def _exact_values(rows, mask, RANGES: tl.constexpr):
-    """16-bit values of tokens, [BLOCK_E, width] for each accumulator. rows: [BLOCK_E] pointers."""
-    values = ()
-    for r in tl.static_range(len(RANGES)):
-        channels, in_range = _range_channels(RANGES, r)
-        found = tl.load(rows[:, None] + channels[None, :], mask=mask[:, None] & in_range[None, :], other=0.0)
-        values += (found,)
-    return values
-
-
-@triton.jit
-def _attend_exact(query, k, values, mask, scale_log2, top, total, accs):
-    """One step of the online softmax over exact keys [BLOCK_E, BLOCK_D] and values, of `_exact_values`.
-
-    Args:
-        query: [BLOCK_M, BLOCK_D] fp16. mask: broadcasts to [BLOCK_M, BLOCK_E].
-        top, total: [BLOCK_M] maximum of the scores and sum of the weights so far, accs: tuple of [BLOCK_M, width];
-            float32.
-    """
-    scores = tl.dot(query, tl.trans(cast(k, tl.float16))) * scale_log2
-    scores = tl.where(mask, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - new_top[:, None])
-    decay = tl.exp2(top - new_top)
-    new_accs = ()
-    for r in tl.static_range(len(values)):
-        acc = accs[r] * decay[:, None]
-        new_accs += (tl.dot(weights.to(tl.float16), cast(values[r], tl.float16), acc),)
-    return new_top, total * decay + tl.sum(weights, axis=1), new_accs
-
-
-@triton.jit(do_not_specialize=["num_requests", "num_tokens", "num_splits"])
-def _reduce_kernel(
-    partial_ptr,
-    query_start_loc_ptr,
-    num_requests,
-    out_ptr,
-    out_stride_token,
-    out_stride_head,
-    num_tokens,
-    num_splits,
-    NUM_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """Sum of the splits of one row. Grid: tokens x query heads. BLOCK_S: splits read at a time."""
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    if token >= tl.load(query_start_loc_ptr + num_requests):
-        return
-    channels = tl.arange(0, BLOCK_D)
-    in_channels = channels < D
-    row_stride = num_tokens.to(tl.int64) * NUM_HEADS
-    row = token * NUM_HEADS + head
-    statistics_ptr = partial_ptr + num_splits * row_stride * D + 2 * row
-    partial_ptr += row * D + channels
-    top = tl.full([], _NOTHING_SEEN, tl.float32)
-    total = tl.zeros([], tl.float32)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for begin in range(0, num_splits, BLOCK_S):
-        splits = begin + tl.arange(0, BLOCK_S)
-        statistics = statistics_ptr + 2 * splits * row_stride
-        tops = tl.load(statistics, mask=splits < num_splits, other=_NOTHING_SEEN)
-        totals = tl.load(statistics + 1, mask=splits < num_splits, other=0.0)
-        mask = (totals > 0)[:, None] & in_channels[None, :]
-        parts = tl.load(partial_ptr[None, :] + splits[:, None] * row_stride * D, mask=mask, other=0.0)
-        new_top = tl.maximum(top, tl.max(tops, axis=0))
-        weights = tl.exp2(tops - new_top)
-        decay = tl.exp2(top - new_top)
-        top = new_top
-        total = total * decay + tl.sum(totals * weights, axis=0)
-        acc = acc * decay + tl.sum(parts * weights[:, None], axis=0)
-    out_row = out_ptr + token * out_stride_token + head * out_stride_head
-    tl.store(out_row + channels, cast(acc / total, out_ptr.dtype.element_ty), mask=in_channels)

@@ -20,10 +20,9 @@ import triton.language as tl
 
 from vllm_kvcompress.episodic.policies import H2O, EpiCache, KeyDiff, Policy, SnapKV, Streaming
 from vllm_kvcompress.formats.base import PageLayout
+from vllm_kvcompress.triton_kernels._common import NOTHING_SEEN
 from vllm_kvcompress.triton_kernels.gather import gather_history
 
-# Maximum of rows that have seen nothing: below any score, and its difference from itself is 0, not NaN.
-_NOTHING_SEEN = tl.constexpr(-1e30)
 _LN_2 = tl.constexpr(math.log(2))
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _PROGRAMS = 512
@@ -317,7 +316,7 @@ def _lse_kernel(
     share = tl.cdiv(tl.cdiv(num_keys, STREAM), tl.num_programs(2)) * STREAM
     begin = tl.program_id(2) * share
     end = tl.minimum(begin + share, num_keys)
-    top = tl.full([BLOCK], _NOTHING_SEEN, tl.float32)
+    top = tl.full([BLOCK], NOTHING_SEEN, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(begin, end, STREAM):
         slots = start + tl.arange(0, STREAM)
