@@ -31,12 +31,12 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 def start(tmp_path, monkeypatch):
     """A Server whose `vllm` is the given Python code."""
 
-    def make(code):
+    def make(code, port=0):
         script = tmp_path / "vllm"
         script.write_text(f"#!{sys.executable}\n{code}")
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setattr(module, "vllm_command", lambda: str(script))
-        return Server("model", [], tmp_path / "logs" / "server.log")
+        return Server("model", [], tmp_path / "logs" / "server.log", port)
 
     return make
 
@@ -73,6 +73,14 @@ def test_failed_start_shows_the_end_of_the_log(start):
         start("raise SystemExit('no such model')") as server,
     ):
         server.wait_until_ready(60)
+
+
+def test_another_server_on_the_port_is_not_taken_for_ours(start):
+    with start(HEALTHY) as other:
+        other.wait_until_ready(60)
+        with pytest.raises(ServerError, match=f"port {other.port} is taken"), start(HEALTHY, other.port):
+            pass
+        assert other.is_running()
 
 
 def test_slow_start_is_given_up(start):

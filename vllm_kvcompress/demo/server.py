@@ -74,6 +74,10 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Server:
+        with socket.socket() as probe:
+            # Another server there would be taken for ours, and its answers too.
+            if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                raise ServerError(f"port {self.port} is taken: something listens there already; choose another --port")
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         self._log = self.log_file.open("wb")
         # A session of its own: the engine's and the workers' processes can be signalled together, and Ctrl-C in the
