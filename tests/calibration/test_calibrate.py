@@ -235,6 +235,22 @@ def test_if_missing(place, model_folders, tmp_path, capsys, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_if_missing_leaves_what_another_made_meanwhile(model_folders, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "r.safetensors"
+
+    def calibrate_beside_another(*args, **kwargs):
+        out.write_bytes(b"of another")
+        return calibrate(*args, **kwargs)
+
+    monkeypatch.setattr("vllm_kvcompress.calibration.pipeline.calibrate", calibrate_beside_another)
+    arguments = ["calibrate", str(model_folders["llama"]), "--tokens", "64", "--device", "cpu", "--out", str(out)]
+    assert main([*arguments, "--if-missing"]) == 0
+    assert capsys.readouterr().out.endswith(f"rotation: {out} is there already, of another calibration meanwhile\n")
+    assert out.read_bytes() == b"of another"
+    assert main(arguments) == 0
+    assert read_rotation(out).metadata.seed == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
