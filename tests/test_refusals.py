@@ -2,6 +2,7 @@
 """Bad input is refused in the process the user started: the reason, the value, the way out."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -270,6 +271,13 @@ def test_layers_of_models(model, arguments, word):
 @pytest.mark.parametrize("block_size", [16, 40, 64, 192])
 def test_block_size(model, block_size):
     refused(model, "--block-size", f"got {block_size}", dtype="hadamard-int2", block_size=block_size)
+
+
+def test_block_size_is_remembered(model):
+    """vLLM's engine core overwrites it with the windows', and has the configuration from another process."""
+    config = pickle.loads(pickle.dumps(configure(model, "hadamard-int2", block_size=256)))
+    config.cache_config.block_size = 16
+    assert checks.kernel_case(config).page_tokens == 256
 
 
 @pytest.mark.feature("models with nothing but sliding windows", "refused", "no cache grows with the context")

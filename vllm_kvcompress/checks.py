@@ -296,12 +296,15 @@ def _page_tokens(vllm_config: VllmConfig) -> int:
     cache_config = vllm_config.cache_config
     if not cache_config.user_specified_block_size:
         return PAGE_TOKENS
-    if cache_config.block_size % PAGE_TOKENS:
+    # 0.32 and 0.33 later put the smallest of all groups there, the windows' (`EngineCore._initialize_kv_caches`),
+    # and workers in the core's process share the object.
+    asked = cache_config.__dict__.setdefault("kvcompress_asked_block_size", cache_config.block_size)
+    if asked % PAGE_TOKENS:
         raise UnsupportedModelError(
             f"--kv-cache-dtype {cache_config.cache_dtype} needs --block-size to be a multiple of {PAGE_TOKENS}, "
-            f"got {cache_config.block_size}. Leave --block-size out to get {PAGE_TOKENS}."
+            f"got {asked}. Leave --block-size out to get {PAGE_TOKENS}."
         )
-    return cache_config.block_size
+    return asked
 
 
 def _check_rotation(vllm_config: VllmConfig, resolved: Resolved) -> None:

@@ -18,7 +18,8 @@ from vllm_kvcompress.errors import KVCompressError
 
 SETTINGS = {"episodic": {"budget": 512, "block_tokens": 256, "episodes": 3}, "recent_tokens": 64}
 llm = LLM(sys.argv[1], kv_cache_dtype="turboquant-4", max_model_len=1536, max_num_batched_tokens=256, dtype="float32",
-          enforce_eager=True, kv_cache_memory_bytes=128 << 20, additional_config={"kvcompress": SETTINGS})
+          enforce_eager=True, kv_cache_memory_bytes=128 << 20, block_size=128,  # its own, but asked for
+          additional_config={"kvcompress": SETTINGS})
 pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
 free = pool.get_num_free_blocks()
 report = {"answers": []}
