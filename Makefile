@@ -4,12 +4,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := $(VENV)/bin
 MODEL ?=
 FORMAT ?= oscar-int2
+MINUTES ?= 10
 MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
 # Two processes, a file in one of them: engines and interpreted kernels are mostly single-threaded. In the order of their
 # names: by default files of few tests come last, and those are the engines, which then leave one process idle.
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long test-gpu docs lint format bench clean
+.PHONY: demo test test-long test-gpu soak docs lint format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvcompress demo $(MODEL_FLAG) --kv-cache-dtype $(FORMAT)
@@ -24,6 +25,11 @@ test-long: $(VENV)/.dev
 # Everything that runs on a GPU; elsewhere tests/gpu is skipped with the reason and the others are interpreted.
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -rs tests/gpu tests/triton_kernels tests/attention
+
+# Every night: mixed load on one server, which must not leak and must answer alike to its end. MINUTES=60 for an hour.
+soak: $(VENV)/.dev
+	$(BIN)/python benchmarks/episodic_soak.py --minutes $(MINUTES) --random-weights $(MODEL_FLAG) \
+	  --json build/soak.json --logs build
 
 # The site is build/docs/index.html; warnings are errors.
 docs: $(VENV)/.dev

@@ -2,6 +2,7 @@
 """Random conversations over HTTP, many at once, against the same questions asked alone: whether it holds, not how fast.
 
     python benchmarks/episodic_soak.py [--conversations 200] [--concurrency 6] [--model DIR] [--random-weights]
+    python benchmarks/episodic_soak.py --minutes 60 [...] (mixed load, at the end of this text)
 
 One `vllm serve` with `episodic` settings and a pool that is too small for all. Conversations are made of a seed: short
 ones, long ones with two questions, ones that grow and are asked again, ones whose client goes away and comes back; some
@@ -19,6 +20,16 @@ of the same settings and a roomy pool answers each question again, alone, its ca
 Why a bound: a batch adds up floats in another order than a single request, by some 1e-6 of a value. Once in a while
 that turns a key's code into the next one, or swaps two tokens of nearly equal score at the edge of the budget. 0.1 nat
 is what engine tests allow for it; another conversation's answer mostly has other tokens, which is checked as well.
+
+With --minutes the server gets short and long conversations, policies and budgets of the client's own, several choices
+at once, streams that are left and requests that are too long, until the time is over. Now and then it is left to rest
+and asked four fixed questions, of a tenant that it does not know. Checked:
+
+- The fixed answers are what they were at first, within --bound; other requests are answered, those too long with 400.
+- At rest no page is in use but those of kept episodes, and at the end, once these are let go, none.
+- In the second half of the run no more files and connections are open than in the first, and the server's memory is
+  at most 64 MiB above that of the first half, in runs of five minutes or more.
+- The log has no error.
 """
 
 from __future__ import annotations
@@ -29,51 +40,38 @@ import json
 import math
 import os
 import random
-import re
 import statistics
 import sys
 import tempfile
 import time
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-from openai import APIConnectionError, AsyncOpenAI
+from _soak_common import (
+    ATTEMPTS,
+    MAX_LEN,
+    NEW_TOKENS,
+    PAGE,
+    TOPICS,
+    Answer,
+    Client,
+    Messages,
+    difference,
+    log_errors,
+    make_turns,
+    random_model,
+    resources,
+    serve,
+)
+from _soak_load import Load
 from tqdm import tqdm
 
-from vllm_kvcompress.demo.server import Server
-from vllm_kvcompress.serving.middleware import HEADER
-
-BUDGET, BLOCK, PAGE = 512, 256, 128
-SETTINGS = {
-    "sink_tokens": 32,
-    "recent_tokens": 64,
-    "episodic": {"budget": BUDGET, "block_tokens": BLOCK, "episodes": 2},
-}
-MAX_LEN, NEW_TOKENS = 3072, 8
 PEAK_BLOCKS = 24
 """Of an evicting request: budget, block, window and two pages; sinks and two windows of at least 32 tokens a block."""
 KINDS = {"short": 0.2, "long": 0.35, "growing": 0.25, "aborted": 0.2}
-ATTEMPTS = 5
-START_SECONDS, REQUEST_SECONDS = 600, 900
+START_SECONDS = 600
 MEMORY_SLACK, ENOUGH_FOR_A_TREND = 64 << 20, 50
-
-Messages = list[dict[str, str]]
-
-TOPICS = (
-    "my tomatoes", "the violin", "my brother's boat", "the night shift", "our old dog", "the choir", "a leaking roof",
-    "the train to Porto", "bees", "my thesis", "a lost passport", "the bakery", "chess", "our neighbours", "skis",
-)  # fmt: skip
-SAID = (
-    "Something new about {topic}: number {number} came on a {day} and I did not expect it.",
-    "I spent {number} minutes on {topic} this {day}, and tomorrow I will spend more.",
-    "Do you remember {topic}? On {day} it was {number} again, just like last year.",
-    "They asked me {number} questions about {topic}; I had no answer until {day}.",
-)
-REPLIES = ("That is quite something about {topic}, please go on.", "{number}? I would like to hear more of {topic}.")
-DAYS = ("Monday", "Tuesday", "Thursday", "Saturday", "Sunday")
 
 
 # --- conversations ----------------------------------------------------------------------------------------------------
@@ -89,34 +87,12 @@ class Question:
     answer: Answer | None = None
 
 
-@dataclass(frozen=True)
-class Answer:
-    tokens: tuple[str, ...]
-    logprobs: tuple[float, ...]
-    tops: tuple[dict[str, float], ...]
-    """The most likely tokens of each place"""
-    episode: str | None
-    """What the header says: which one of how many; None: nothing was evicted"""
-    cached: int
-    """Tokens from the prefix cache or a kept episode"""
-
-
 @dataclass
 class Conversation:
     kind: str
     salt: str | None
     questions: list[Question] = field(default_factory=list)
     history: Messages = field(default_factory=list)
-
-
-def make_turns(rng: random.Random, turns: int) -> Messages:
-    topics = rng.sample(TOPICS, 2)
-    found: Messages = []
-    for turn in range(turns):
-        words = {"topic": topics[turn // 5 % 2], "number": rng.randrange(1000, 9999), "day": rng.choice(DAYS)}
-        for role, texts in (("user", SAID), ("assistant", REPLIES)):
-            found.append({"role": role, "content": rng.choice(texts).format(**words)})
-    return found
 
 
 def make_conversations(rng: random.Random, count: int) -> list[Conversation]:
@@ -158,85 +134,6 @@ def make_conversations(rng: random.Random, count: int) -> list[Conversation]:
 # --- the client -------------------------------------------------------------------------------------------------------
 
 
-class Client:
-    def __init__(self, url: str, model: str) -> None:
-        self._url, self._model = url, model
-        self._openai = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=REQUEST_SECONDS, max_retries=0)
-
-    async def ask(self, messages: Messages, salt: str | None) -> Answer:
-        """An answer from kept pages, if its history is long; asked again where the pages went before they were used."""
-        for _ in range(ATTEMPTS):
-            answer = await self._ask_once(messages, salt)
-            if answer.episode is None or answer.cached:
-                break
-        return answer
-
-    async def _ask_once(self, messages: Messages, salt: str | None) -> Answer:
-        raw = await self._openai.chat.completions.with_raw_response.create(
-            **self._arguments(messages, salt), logprobs=True, top_logprobs=5
-        )
-        header, response = raw.headers.get(HEADER.decode()), raw.parse()
-        content = response.choices[0].logprobs.content
-        details = response.usage.prompt_tokens_details
-        report = (response.model_extra or {}).get("kv_transfer_params") or {}
-        cached = report["kvcompress"]["reused_tokens"] if report else (details.cached_tokens or 0 if details else 0)
-        return Answer(
-            tuple(entry.token for entry in content),
-            tuple(entry.logprob for entry in content),
-            tuple({top.token: top.logprob for top in entry.top_logprobs} for entry in content),
-            None if header is None else header.split(";")[0],
-            cached,
-        )
-
-    def _arguments(self, messages: Messages, salt: str | None) -> dict[str, Any]:
-        extra: dict[str, Any] = {"ignore_eos": True} | ({} if salt is None else {"cache_salt": salt})
-        return {
-            "model": self._model, "messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0, "extra_body": extra
-        }  # fmt: skip
-
-    async def go_away(self, messages: Messages, salt: str | None, seconds: float, events: int) -> None:
-        """Begin to stream and leave: after so many seconds or events, whichever comes first."""
-
-        async def stream() -> None:
-            answer = await self._openai.chat.completions.create(**self._arguments(messages, salt), stream=True)
-            async with answer:
-                seen = 0
-                async for _ in answer:
-                    seen += 1
-                    if seen == events:
-                        return
-
-        try:
-            await asyncio.wait_for(stream(), seconds)
-        except (TimeoutError, APIConnectionError):
-            return
-
-    def reset(self) -> bool:
-        """Forget kept episodes and the prefix cache; whether nothing holds a block any more."""
-        done = False
-        for _ in range(2):  # the first lets go of what the second finds free
-            request = urllib.request.Request(f"{self._url}/reset_prefix_cache?reset_external=true", method="POST")
-            with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as response:
-                done = bool(json.load(response)["success"])
-        return done
-
-    def metric(self, name: str) -> float:
-        with urllib.request.urlopen(f"{self._url}/metrics", timeout=REQUEST_SECONDS) as response:
-            found = re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", response.read().decode(), re.MULTILINE)
-        return sum(map(float, found))
-
-
-def memory() -> int:
-    """Resident bytes of all processes that this one started: the server's."""
-    total = 0
-    for process in psutil.Process().children(recursive=True):
-        try:
-            total += process.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return total
-
-
 async def run_all(client: Client, conversations: list[Conversation], concurrency: int, rng: random.Random) -> list[int]:
     """Ask everything, in random order, so many at once; the server's memory after each conversation."""
     order = rng.sample(conversations, len(conversations))
@@ -250,7 +147,7 @@ async def run_all(client: Client, conversations: list[Conversation], concurrency
                     if one.kind == "aborted":
                         await client.go_away(question.messages, one.salt, *patience[id(one)])
                     question.answer = await client.ask(question.messages, one.salt)
-            found.append(memory())
+            found.append(sum(resources()[0].values()))
             bar.update()
 
         await asyncio.gather(*map(talk, order))
@@ -258,22 +155,6 @@ async def run_all(client: Client, conversations: list[Conversation], concurrency
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
-
-
-def difference(found: Answer, expected: Answer) -> float:
-    """Largest difference of log-probabilities up to the first token that differs.
-
-    There: how much likelier the expected one is, to whom expects it; infinite where the other is not among the most
-    likely five, or a log-probability is not a number.
-    """
-    worst = 0.0
-    for place, (token, wanted) in enumerate(zip(found.tokens, expected.tokens, strict=True)):
-        if token != wanted:
-            tops = expected.tops[place]
-            return max(worst, tops[wanted] - tops[token]) if token in tops else math.inf
-        gap = abs(found.logprobs[place] - expected.logprobs[place])
-        worst = max(worst, gap if gap >= 0 else math.inf)
-    return worst
 
 
 @dataclass
@@ -316,41 +197,6 @@ async def judge(client: Client, conversations: list[Conversation]) -> tuple[list
     return judged, lost
 
 
-def serve(model: str, log: Path, concurrency: int, blocks: int) -> Server:
-    arguments = ["--kv-cache-dtype", "turboquant-4", "--dtype", "float32", "--enforce-eager"]
-    arguments += ["--max-model-len", str(MAX_LEN), "--max-num-seqs", str(concurrency)]
-    # Every request gets a whole block in every step, however many run: or compactions would come at other places.
-    arguments += ["--max-num-batched-tokens", str(concurrency * BLOCK), "--num-gpu-blocks-override", str(blocks)]
-    arguments += ["--kv-cache-memory-bytes", str(1 << 30), "--enable-prompt-tokens-details"]
-    arguments += ["--return-tokens-as-token-ids", "--additional-config", json.dumps({"kvcompress": SETTINGS})]
-    return Server(model, arguments, log)
-
-
-def random_model(folder: Path, tokenizer: Path, seed: int) -> Path:
-    """A random Llama of two layers, 4 query and 2 KV heads, with the tokenizer of another model."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokens = AutoTokenizer.from_pretrained(tokenizer)
-    tokens.save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=-(-len(tokens) // 64) * 64,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=MAX_LEN,
-        initializer_range=0.15,
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 def failures(report: dict[str, Any], log: str, args: argparse.Namespace, judged: list[Judged]) -> list[str]:
     found = []
     for row in judged:
@@ -363,8 +209,7 @@ def failures(report: dict[str, Any], log: str, args: argparse.Namespace, judged:
         found.append(f"{report['lost']} answers lost their pages {ATTEMPTS} times: give the pool more --blocks")
     if not report["pool_free"]:
         found.append("blocks are in use after the last request and after kept episodes were let go")
-    errors = [line for line in log.splitlines() if re.search(r"\b(ERROR|CRITICAL)\b|^Traceback", line)]
-    found += [f"the log says: {line}" for line in errors[:5]]
+    found += log_errors(log)
     first, half, last = report["memory_mib"]
     if args.conversations >= ENOUGH_FOR_A_TREND and last - half > half - first + MEMORY_SLACK / 2**20:
         found.append(
@@ -373,50 +218,22 @@ def failures(report: dict[str, Any], log: str, args: argparse.Namespace, judged:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--conversations", type=int, default=200)
-    parser.add_argument("--concurrency", type=int, default=6, help="conversations at once (default: 6)")
-    parser.add_argument("--blocks", type=int, help="of the pool; default: 16 a running request and 40 to keep")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", type=Path, help="folder (default: the demo model)")
-    parser.add_argument("--random-weights", action="store_true", help="a tiny random model with MODEL's tokenizer")
-    parser.add_argument("--bound", type=float, default=0.1, help="nat (default: 0.1)")
-    parser.add_argument("--hit-bound", type=float, default=2.0, help="of prefix hits (default: 2)")
-    parser.add_argument("--json", type=Path, metavar="OUT")
-    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the servers print")
-    args = parser.parse_args()
-    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # for /reset_prefix_cache
-    model = args.model
-    if model is None:
-        from vllm_kvcompress.demo.model import fetch_demo_model
-
-        model = fetch_demo_model(Path(".demo/smollm2-135m"))
+def compare(args: argparse.Namespace, model: str, blocks: int, logs: Path) -> tuple[dict[str, Any], list[str]]:
+    """Conversations at once, then alone: report and failures."""
     rng = random.Random(args.seed)
     conversations = make_conversations(rng, args.conversations)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        if args.random_weights:
-            model = random_model(folder / "model", model, args.seed)
-        blocks = args.blocks or 16 * args.concurrency + 40
-        logs = args.logs or folder
-        with serve(str(model), logs / "soak.log", args.concurrency, blocks) as server:
-            server.wait_until_ready(START_SECONDS)
-            client = Client(server.url, str(model))
-            grown = asyncio.run(run_all(client, conversations, args.concurrency, rng))
-            preemptions, pool_free, log = client.metric("num_preemptions_total"), client.reset(), server.log_text()
-        together = time.perf_counter() - began
-        with serve(str(model), logs / "alone.log", 1, 4 * PEAK_BLOCKS + MAX_LEN // PAGE) as server:
-            server.wait_until_ready(START_SECONDS)
-            judged, lost = asyncio.run(judge(Client(server.url, str(model)), conversations))
+    with serve(model, logs / "soak.log", args.concurrency, blocks) as server:
+        server.wait_until_ready(START_SECONDS)
+        client = Client(server.url, model)
+        grown = asyncio.run(run_all(client, conversations, args.concurrency, rng))
+        preemptions, pool_free, log = client.metric("num_preemptions_total"), client.reset(), server.log_text()
+    together = time.perf_counter() - began
+    with serve(model, logs / "alone.log", 1, 4 * PEAK_BLOCKS + MAX_LEN // PAGE) as server:
+        server.wait_until_ready(START_SECONDS)
+        judged, lost = asyncio.run(judge(Client(server.url, model), conversations))
     others = [row.other for row in judged[1:]]
     report = {
-        "settings": {
-            "model": "random weights" if args.random_weights else Path(model).name,
-            **{name: getattr(args, name) for name in ("conversations", "concurrency", "seed", "bound", "hit_bound")},
-            "blocks": blocks,
-        },
         "kinds": {kind: sum(one.kind == kind for one in conversations) for kind in KINDS},
         "salted": sum(one.salt is not None for one in conversations),
         "evicted": sum(q.answer.episode is not None for one in conversations for q in one.questions if q.answer),
@@ -434,8 +251,58 @@ def main() -> None:
         "memory_mib": [round(grown[at] / 2**20) for at in (0, len(grown) // 2, len(grown) - 1)],
         "seconds": [round(together), round(time.perf_counter() - began - together)],
     }
-    print(json.dumps(report, indent=1))
-    wrong = failures(report, log, args, judged)
+    return report, failures(report, log, args, judged)
+
+
+def load(args: argparse.Namespace, model: str, blocks: int, logs: Path) -> tuple[dict[str, Any], list[str]]:
+    """Minutes of mixed load: report and failures; prints a table and plots beside --json."""
+    with serve(model, logs / "soak.log", args.concurrency, blocks) as server:
+        server.wait_until_ready(START_SECONDS)
+        found = Load(Client(server.url, model), args.concurrency, blocks, args.seed)
+        asyncio.run(found.run(60 * args.minutes))
+        log = server.log_text()
+    print(found.table())
+    if args.json:
+        found.plot(args.json.with_suffix(".png"))
+    return found.report(), found.failures(args.bound) + log_errors(log)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--conversations", type=int, default=200)
+    parser.add_argument("--minutes", type=float, help="of mixed load, in place of --conversations")
+    parser.add_argument("--concurrency", type=int, default=6, help="conversations at once (default: 6)")
+    parser.add_argument("--blocks", type=int, help="of the pool; default: 16 a running request and 40 to keep")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, help="folder (default: the demo model)")
+    parser.add_argument("--random-weights", action="store_true", help="a tiny random model with MODEL's tokenizer")
+    parser.add_argument("--bound", type=float, default=0.1, help="nat (default: 0.1)")
+    parser.add_argument("--hit-bound", type=float, default=2.0, help="of prefix hits (default: 2)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="and OUT's name with .png for a plot of --minutes")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the servers print")
+    args = parser.parse_args()
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # for /reset_prefix_cache
+    model = args.model
+    if model is None:
+        from vllm_kvcompress.demo.model import fetch_demo_model
+
+        model = fetch_demo_model(Path(".demo/smollm2-135m"))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if args.random_weights:
+            model = random_model(folder / "model", model, args.seed)
+        blocks = args.blocks or 16 * args.concurrency + 40
+        report, wrong = (load if args.minutes else compare)(args, str(model), blocks, args.logs or folder)
+    names = ("minutes",) if args.minutes else ("conversations", "hit_bound")
+    settings = {
+        "model": "random weights" if args.random_weights else Path(model).name,
+        **{name: getattr(args, name) for name in (*names, "concurrency", "seed", "bound")},
+        "blocks": blocks,
+    }
+    report = {"settings": settings, **report}
+    print(json.dumps({name: value for name, value in report.items() if name != "looks"}, indent=1))
     if args.json:
         args.json.write_text(json.dumps({**report, "failures": wrong}, indent=1) + "\n", encoding="utf-8")
     for line in wrong:

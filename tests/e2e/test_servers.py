@@ -68,15 +68,15 @@ def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=ANSWER_SECONDS, max_retries=0)
 
 
-def ask(server: Server, messages: list[dict], **changes):
-    arguments = {"model": NAME, "messages": messages, "max_tokens": 8, "temperature": 0}
-    arguments["extra_body"] = {"ignore_eos": True}
-    return client(server).chat.completions.with_raw_response.create(**arguments | changes)
+def ask(server: Server, messages: list[dict], salt: str = "somebody"):
+    return client(server).chat.completions.with_raw_response.create(
+        model=NAME, messages=messages, max_tokens=8, temperature=0, extra_body={"ignore_eos": True, "cache_salt": salt}
+    )
 
 
-def answers(server: Server) -> list[str]:
-    """Of a short history and of a long one, read and kept, and then again from what was kept."""
-    found = [ask(server, messages) for messages in ([QUESTION], [*HISTORY, QUESTION], [*HISTORY, QUESTION])]
+def answers(server: Server, salt: str = "somebody") -> list[str]:
+    """Of a short history and of a long one that this tenant has not sent: read and kept, then again from what was."""
+    found = [ask(server, messages, salt) for messages in ([QUESTION], [*HISTORY, QUESTION], [*HISTORY, QUESTION])]
     headers = [raw.headers.get(HEADER.decode()) for raw in found]
     assert headers[0] is None and headers[1].endswith("built") and headers[2].endswith("reused"), headers
     return [raw.parse().choices[0].message.content for raw in found]
@@ -172,5 +172,5 @@ def test_two_at_once(home):
             serve(home, "third", first.port).command, capture_output=True, text=True, timeout=START_SECONDS
         )
         assert taken.returncode != 0 and "Address already in use" in taken.stderr
-        assert answers(first) == expected
+        assert answers(first, "another") == expected
         assert files(home) == before
