@@ -39,8 +39,8 @@ LOOKS, LONGEST_SECONDS, SHORTEST_SECONDS = 20, 60, 8
 REST_SECONDS = 60
 ENOUGH_FOR_A_TREND = 300
 MEMORY_SLACK = 64 << 20
-"""Of the highest look of a run's second half over that of its first: what allocators give or keep by chance. A run's
-first half fills what has a limit: threads' arenas, remembered histories, the pages of the model's file."""
+"""Of the highest look of a run's second half over that of its first. A run's first half fills what has a limit: threads'
+arenas, remembered histories, rows of the embedding's file. What is left is fragmentation: 20 MiB in 100 requests."""
 MANY_ERRORS = 10
 
 
