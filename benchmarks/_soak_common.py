@@ -189,8 +189,11 @@ def resources() -> tuple[dict[str, int], int]:
     return dict(resident), descriptors
 
 
-def log_errors(log: str) -> list[str]:
+def log_errors(log: str, refused: int = 0) -> list[str]:
+    """The first lines that tell of errors; those of so many refused requests aside, which vLLM answers with 400."""
     errors = [line for line in log.splitlines() if re.search(r"\b(ERROR|CRITICAL)\b|^Traceback", line)]
+    of_requests = [line for line in errors if "] Exception caught. Request id" in line]
+    errors = [line for line in errors if line not in of_requests[:refused]]
     return [f"the log says: {line}" for line in errors[:5]]
 
 
