@@ -71,8 +71,7 @@ def gather_history(
         seq_lens: [R] int32: history plus new tokens; query_start_loc: [R + 1] int32.
         cu_history: [R + 1] int32. Rows from the capacity on are not written.
         first_token: a multiple of the page.
-        keys: [capacity, H, D] float16 or float32, contiguous, written in cache space. values: the same, or None: left
-            out.
+        keys: [capacity, H, D] float16, contiguous, written in cache space. values: the same, or None: left out.
         tile_tokens: a multiple of the page.
         window_cache: [num_blocks, H, block, 4 * D] uint8 or None; window_table: [R, max_blocks] int32, 0 = no block.
         window_dtype: bfloat16 or float16.
@@ -89,11 +88,10 @@ def gather_history(
     heads, requests = pages.shape[1], seq_lens.shape[0]
     dense = [keys] if values is None else [keys, values]
     for x in dense:
-        is_float = x.dtype == keys.dtype and x.dtype in (torch.float16, torch.float32)
-        if not is_float or x.shape[1:] != (heads, layout.head_dim) or not x.is_contiguous():
+        if x.dtype != torch.float16 or x.shape[1:] != (heads, layout.head_dim) or not x.is_contiguous():
             raise ValueError(
-                f"keys and values must be contiguous float16 or float32 [capacity, {heads}, {layout.head_dim}], got "
-                f"{x.dtype} {list(x.shape)} with strides {x.stride()}"
+                f"keys and values must be contiguous float16 [capacity, {heads}, {layout.head_dim}], got {x.dtype} "
+                f"{list(x.shape)} with strides {x.stride()}"
             )
     if tile_tokens % layout.page_tokens or first_token % layout.page_tokens:
         raise ValueError(f"tiles are whole pages of {layout.page_tokens} tokens, got {first_token} + {tile_tokens}")
@@ -174,7 +172,6 @@ def _gather_kernel(
         values_ptr: None where keys are all that is wanted.
         K_PARTS, V_PARTS: of `_paged.row_parts`.
     """
-    dtype: tl.constexpr = keys_ptr.dtype.element_ty
     kv_head = tl.program_id(0)
     in_tile = tl.program_id(1) * BLOCK_T
     request = tl.program_id(2)
@@ -214,9 +211,9 @@ def _gather_kernel(
             mean_ptr = (head_ptr + K_MEAN).to(tl.pointer_type(tl.float16), bitcast=True)
             mean = tl.load(mean_ptr + channels, mask=exists & in_channels, other=0.0)
             k += mean.to(tl.float32)[None, :]
-        k = cast(k, dtype)
+        k = cast(k, tl.float16)
         if values_ptr is not None:
-            v = cast(v, dtype)
+            v = cast(v, tl.float16)
         if window_ptr is not None and touches_window:
             windowed = is_windowed(positions, history, sink_tokens, recent_tokens)
             block = tl.load(window_row + positions // WINDOW_BLOCK, mask=windowed, other=0)
@@ -224,9 +221,9 @@ def _gather_kernel(
             kv = kv[:, None] + channels[None, :]
             has_block = (block != 0)[:, None]
             kv_mask = has_block & in_channels[None, :]
-            k = tl.where(has_block, cast(tl.load(kv, mask=kv_mask, other=0.0), dtype), k)
+            k = tl.where(has_block, cast(tl.load(kv, mask=kv_mask, other=0.0), tl.float16), k)
             if values_ptr is not None:
-                v = tl.where(has_block, cast(tl.load(kv + D, mask=kv_mask, other=0.0), dtype), v)
+                v = tl.where(has_block, cast(tl.load(kv + D, mask=kv_mask, other=0.0), tl.float16), v)
         mask = _both(is_written, in_channels)
         tl.store(keys_ptr + offsets[:, None] + channels[None, :], k, mask=mask)
         if values_ptr is not None:
@@ -260,23 +257,23 @@ def _gather_kernel(
                     k += mean.to(tl.float32)[None, :]
                 if SIGNS is not None:
                     k += _residuals(signs, sign_norms, sketch_ptr, channels, in_chunk, D, BLOCK_D)
-                k = cast(k, dtype)
+                k = cast(k, tl.float16)
                 if window_ptr is not None and touches_window:
                     exact = tl.load(exact_rows[:, None] + channels[None, :], mask=_both(has_block, in_chunk), other=0.0)
-                    k = tl.where(has_block[:, None], cast(exact, dtype), k)
+                    k = tl.where(has_block[:, None], cast(exact, tl.float16), k)
                 tl.store(keys_ptr + offsets[:, None] + channels[None, :], k, mask=_both(is_written, in_chunk))
         if values_ptr is not None:
             for p in tl.static_range(len(V_PARTS)):
                 words = load_part(head_ptr, in_page, exists, V_PARTS, p)
                 scale, middle = load_part_scales(head_ptr, in_page, read, V_AFFINE, V_PARTS, p)
                 for c in tl.static_range(len(words)):
-                    v = cast(_values(words[c], scale, middle, V_PARTS, p, c), dtype)
+                    v = cast(_values(words[c], scale, middle, V_PARTS, p, c), tl.float16)
                     channels, in_chunk = _chunk_channels(V_PARTS, p, c)
                     if window_ptr is not None and touches_window:
                         exact = tl.load(
                             exact_rows[:, None] + D + channels[None, :], mask=_both(has_block, in_chunk), other=0.0
                         )
-                        v = tl.where(has_block[:, None], cast(exact, dtype), v)
+                        v = tl.where(has_block[:, None], cast(exact, tl.float16), v)
                     tl.store(values_ptr + offsets[:, None] + channels[None, :], v, mask=_both(is_written, in_chunk))
 
 

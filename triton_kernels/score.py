@@ -88,7 +88,7 @@ def dequantise_keys(
 
     Args:
         table: [n] int64 pages. first: a multiple of the page.
-        keys: [m, H, D] float16 or float32, contiguous, written; m whole pages.
+        keys: [m, H, D] float16, contiguous, written; m whole pages.
     """
     nothing = torch.zeros(2, dtype=torch.int32, device=pages.device)
     left = -(-(num_slots - first) // layout.page_tokens) * layout.page_tokens
