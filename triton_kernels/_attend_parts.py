@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.triton_kernels._common import BLOCK_K, NOTHING_SEEN, cast
+from vllm_kvcompress.triton_kernels._common import BLOCK_K, NOTHING_SEEN, SIGN_UNIT, cast
 from vllm_kvcompress.triton_kernels._paged import (
     BEND,
     BITS,
@@ -25,8 +23,6 @@ from vllm_kvcompress.triton_kernels._paged import (
     load_words,
     split_four,
 )
-
-_SIGN_UNIT = tl.constexpr(math.sqrt(math.pi / 2))
 
 
 @triton.jit
@@ -124,7 +120,7 @@ def sign_scores(
     scores = tl.zeros([sketched[0].shape[0], norms.shape[0]], tl.float32)
     for i in tl.static_range(COUNT):
         scores = tl.dot(sketched[i], tl.trans(levels_at(words, i, 1, 0.0)), scores)
-    return scores * (norms * _SIGN_UNIT)[None, :]
+    return scores * (norms * SIGN_UNIT)[None, :]
 
 
 @triton.jit

@@ -7,6 +7,8 @@ products are summed in float32.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,8 @@ from vllm_kvcompress.formats.base import PageLayout
 FP16_MAX = tl.constexpr(65504.0)
 BLOCK_K = tl.constexpr(32)
 """Channels multiplied at a time."""
+SIGN_UNIT = tl.constexpr(math.sqrt(math.pi / 2))
+"""1 / E[(s . q) sign(s . r)] of unit q = r (quantizers/qjl.py)."""
 NOTHING_SEEN = tl.constexpr(-1e30)
 """Maximum of rows that have seen nothing: below any score, and its difference from itself is 0, not NaN."""
 

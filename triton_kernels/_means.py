@@ -6,8 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.triton_kernels._common import FP16_MAX, cast
-from vllm_kvcompress.triton_kernels._rows import SIGN_MEAN, codes_by_lane, read_back_part
+from vllm_kvcompress.triton_kernels._common import FP16_MAX, SIGN_UNIT, cast
+from vllm_kvcompress.triton_kernels._rows import codes_by_lane, read_back_part
 
 
 @triton.jit(do_not_specialize=["num_requests"])
@@ -122,7 +122,7 @@ def means_kernel(
             if sketch_ptr is not None:
                 mask = (rows < D)[:, None] & in_head[None, :]
                 sketch = tl.load(sketch_ptr + rows[:, None] * D + lanes[None, :], mask=mask, other=0.0)
-                mean += (SIGN_MEAN / D) * tl.sum(signs[:, None] * sketch.to(tl.float32), axis=0)
+                mean += (SIGN_UNIT / D) * tl.sum(signs[:, None] * sketch.to(tl.float32), axis=0)
         mean = tl.clamp(mean / count, -FP16_MAX, FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
         tl.store(out_ptr.to(tl.pointer_type(tl.float16)) + lanes, mean.to(tl.float16), mask=in_head)
 

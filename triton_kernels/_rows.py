@@ -8,7 +8,6 @@ step by step. Rows are read back by lane, where few are, or of any pages; what r
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -17,12 +16,10 @@ import triton.language as tl
 
 from vllm_kvcompress.formats.base import RowLayout
 from vllm_kvcompress.quantizers import lloyd_max
-from vllm_kvcompress.triton_kernels._common import FP16_MAX
+from vllm_kvcompress.triton_kernels._common import FP16_MAX, SIGN_UNIT
 
 _FP32_SMALLEST = tl.constexpr(2.0**-126)
 """Normal number, whose reciprocal is finite."""
-SIGN_MEAN = tl.constexpr(math.sqrt(math.pi / 2))
-"""1 / E[(s . q) sign(s . r)] of unit q = r (quantizers/qjl.py)."""
 
 
 class _Part(NamedTuple):
@@ -361,7 +358,7 @@ def read_back_rows(
         found += read_back_part(page_rows, offset, inside, lanes, ROWS, index)
     if sketch_ptr is not None:
         norm_ptr = (page_rows + ROWS.sign_norms).to(tl.pointer_type(tl.float16))
-        norm = tl.load(norm_ptr + offset, mask=inside, other=0.0).to(tl.float32) * (SIGN_MEAN / D)
+        norm = tl.load(norm_ptr + offset, mask=inside, other=0.0).to(tl.float32) * (SIGN_UNIT / D)
         sign_rows = page_rows + ROWS.signs + offset * (D // 8)
         residual = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         # Rows of S at a time; unrolled, all of S would be kept in shared memory over the caller's loop.

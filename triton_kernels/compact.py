@@ -50,9 +50,9 @@ def compact(
     """
     first = pages[0]
     heads, head_bytes = first.shape[1:]
+    _paged.page_constants(first, layout)
     for one in pages:
-        _paged.page_constants(one, layout)
-        if one.shape != first.shape or one.stride() != first.stride():
+        if (one.dtype, one.shape, one.stride()) != (first.dtype, first.shape, first.stride()):
             raise ValueError(f"pages {list(one.shape)} and {list(first.shape)} are not of layers of one kind")
     _common.check_sketch(sketch, layout)
     layers, count = len(pages), len(targets) * layout.page_tokens

@@ -5,15 +5,13 @@ reference is `formats.base.read_pages` with the read rule of `kernels.reference`
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from vllm_kvcompress.formats.base import PageLayout
 from vllm_kvcompress.triton_kernels import _common, _paged
-from vllm_kvcompress.triton_kernels._common import cast
+from vllm_kvcompress.triton_kernels._common import SIGN_UNIT, cast
 from vllm_kvcompress.triton_kernels._paged import (
     BEND,
     BITS,
@@ -37,8 +35,6 @@ from vllm_kvcompress.triton_kernels._paged import (
     request_lengths,
     window_rows,
 )
-
-_SIGN_UNIT = tl.constexpr(math.sqrt(math.pi / 2))
 
 
 def gather_history(
@@ -330,4 +326,4 @@ def _residuals(signs, norms, sketch_ptr, channels, in_chunk, D: tl.constexpr, BL
         rows = sketch_ptr + (columns * COUNT + i) * D
         sketch = tl.load(rows[:, None] + channels[None, :], mask=mask, other=0.0)
         found = tl.dot(levels_at((signs,), i, 1, 0.0), sketch, found)
-    return found * (norms * (_SIGN_UNIT / D))[:, None]
+    return found * (norms * (SIGN_UNIT / D))[:, None]

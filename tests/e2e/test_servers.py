@@ -42,7 +42,7 @@ HISTORY = [
 def home(demo_model, tmp_path, monkeypatch):
     """A hub cache with one downloaded model and an empty folder for rotation files, as a user has them."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    from episodic_soak import random_model
+    from _soak_common import random_model
 
     revision = "a" * 40
     hub = tmp_path / "hub" / f"models--{NAME.replace('/', '--')}"
