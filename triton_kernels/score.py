@@ -18,7 +18,16 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.episodic.policies import H2O, EpiCache, KeyDiff, Policy, SnapKV, Streaming
+from vllm_kvcompress.episodic.policies import (
+    H2O,
+    EpiCache,
+    EpiCacheKeyDiff,
+    KeyDiff,
+    Policy,
+    SnapKV,
+    Streaming,
+    highest_rank,
+)
 from vllm_kvcompress.formats.base import PageLayout
 from vllm_kvcompress.triton_kernels._common import NOTHING_SEEN
 from vllm_kvcompress.triton_kernels.gather import gather_history
@@ -179,6 +188,13 @@ def _by_difference(
     return -torch.cat(cosines[::-1], dim=1)
 
 
+def _by_highest_rank(
+    policy: EpiCacheKeyDiff, slots: Slots, queries: torch.Tensor | None, key_offset: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    weights = _by_largest_weight(EpiCache(), slots, queries, key_offset, scale)
+    return highest_rank(weights, _by_difference(KeyDiff(), slots, queries, key_offset, scale))
+
+
 def _by_age(
     policy: Streaming, slots: Slots, queries: torch.Tensor | None, key_offset: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
@@ -188,6 +204,7 @@ def _by_age(
 
 SCORERS: dict[type[Policy], Callable[[Any, Slots, torch.Tensor | None, torch.Tensor | None, float], torch.Tensor]] = {
     EpiCache: _by_largest_weight,
+    EpiCacheKeyDiff: _by_highest_rank,
     SnapKV: _by_window,
     H2O: _by_sum,
     KeyDiff: _by_difference,

@@ -124,6 +124,24 @@ def test_keydiff(shape):
     assert_close(POLICIES["keydiff"].score(layer), expected.T)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_epicache_keydiff(shape):
+    """Against ranks that are counted: how many slots of the head score lower, or alike and earlier."""
+    layer = random_layer(*shape)
+    found = POLICIES["epicache-keydiff"].score(layer)
+    ranks = []
+    for name in ("epicache", "keydiff"):
+        scores = POLICIES[name].score(layer)
+        below = (scores.unsqueeze(-1) > scores.unsqueeze(-2)).sum(-1)
+        earlier = (scores.unsqueeze(-1) == scores.unsqueeze(-2)).tril(-1).sum(-1)
+        ranks.append(below + earlier)
+    assert found.dtype == torch.float32 and torch.equal(found, torch.maximum(*ranks).float())
+
+
+def test_equal_scores_rank_in_their_order():
+    assert policies.highest_rank(torch.tensor([[2.0, 0.0, 0.0, 1.0]])).tolist() == [[3, 0, 1, 2]]
+
+
 def test_streaming():
     found = POLICIES["streaming"].score(Layer(torch.randn(5, 3, 16)))
     assert found.dtype == torch.float32 and torch.equal(found, torch.arange(5.0).repeat(3, 1))

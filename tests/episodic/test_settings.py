@@ -27,7 +27,10 @@ def test_sizes_are_read_as_kvcompress_plan_reads_them():
         ({"budget": 511}, "greater than or equal to 512"),
         ({"budget": 4096, "block_tokens": 1000}, "multiple of 128"),
         ({"budget": 4096, "episodes": 0}, "greater than or equal to 1"),
-        ({"budget": 4096, "policy": "lru"}, "'epicache', 'streaming', 'snapkv', 'h2o' or 'keydiff'"),
+        (
+            {"budget": 4096, "policy": "lru"},
+            "'epicache', 'epicache-keydiff', 'streaming', 'snapkv', 'h2o' or 'keydiff'",
+        ),
         ({"budget": 4096, "growth": 1}, "greater than or equal to 1.1"),
         ({"budget": 4096, "threshold_tokens": 1024}, "threshold_tokens=1024 is below budget=4096.*Raise"),
         ({"budget": 4096, "host_memory": -1}, "greater than or equal to 0"),

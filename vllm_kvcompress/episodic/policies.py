@@ -168,6 +168,20 @@ class KeyDiff(Policy):
 
 
 @dataclass(frozen=True)
+class EpiCacheKeyDiff(Policy):
+    """High by either: the larger of a slot's ranks by `EpiCache` and by `KeyDiff` among the slots of its head.
+
+    Attention of a guide finds what is near the episode's subject, unlike keys whatever is said once; each misses what
+    the other has. Ranks, because the two scores have no unit in common.
+    """
+
+    queries = "guide"
+
+    def score(self, layer: Layer) -> torch.Tensor:
+        return highest_rank(EpiCache().score(layer), KeyDiff().score(layer))
+
+
+@dataclass(frozen=True)
 class Streaming(Policy):
     """Most recent; with protected sinks StreamingLLM (arXiv 2309.17453, section 3), but at the original positions."""
 
@@ -180,11 +194,25 @@ class Streaming(Policy):
 
 POLICIES: dict[str, Policy] = {
     "epicache": EpiCache(),
+    "epicache-keydiff": EpiCacheKeyDiff(),
     "snapkv": SnapKV(),
     "h2o": H2O(),
     "keydiff": KeyDiff(),
     "streaming": Streaming(),
 }
+
+
+def highest_rank(*scores: torch.Tensor) -> torch.Tensor:
+    """The largest of a slot's ranks, 0 the lowest, by scores that are each [Hkv, T]; of equal ones, the later slot's.
+
+    Returns:
+        [Hkv, T] float32, NaN where a score is.
+    """
+    stacked = torch.stack(scores)
+    order = stacked.argsort(dim=-1, stable=True)
+    places = torch.arange(stacked.shape[-1], dtype=torch.float32, device=stacked.device).expand_as(stacked)
+    ranks = torch.empty_like(stacked, dtype=torch.float32).scatter_(-1, order, places)
+    return ranks.masked_fill_(stacked.isnan(), torch.nan).amax(0)
 
 
 def attention_weights(

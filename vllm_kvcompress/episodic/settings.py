@@ -17,7 +17,7 @@ TOKENS = "tokens"
 MIN_BUDGET = 4 * PAGE_TOKENS
 """Of the settings, which are for whole conversations; a request may ask for less."""
 
-Policy = Literal["epicache", "streaming", "snapkv", "h2o", "keydiff"]
+Policy = Literal["epicache", "epicache-keydiff", "streaming", "snapkv", "h2o", "keydiff"]
 Routing = Literal["window", "centroid"]
 LayerBudgets = Literal["uniform", "sensitivity"]
 
