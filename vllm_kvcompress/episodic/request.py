@@ -4,7 +4,7 @@
 | argument | meaning |
 |---|---|
 | `kvcompress_budget` | tokens that a layer keeps per KV head (on average: setting `layer_budgets`), in whole pages |
-| `kvcompress_policy` | `epicache`, `epicache-keydiff`, `snapkv`, `h2o`, `keydiff` or `streaming`; default: the server's |
+| `kvcompress_policy` | one of `policies.POLICIES`; default: the server's |
 | `kvcompress_guide` | token ids of the guide prompt (policies `epicache` and `epicache-keydiff`) |
 | `kvcompress_protect` | first tokens that are never evicted, as a system prompt; the sinks never are |
 | `kvcompress_keep` | keep the compacted pages of this prompt under a name when the request has finished |
