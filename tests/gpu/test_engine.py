@@ -7,9 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from vllm_kvcompress.formats import get_format
+from vllm_kvcompress.formats.base import PAGE_TOKENS
+from vllm_kvcompress.kernels import cuda_ops
+
+from .answers import check_alike
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 TOKENS = 48
+HEAD_DIM = 64
+"""Of the demo model"""
 RUN = f"""
 import json, sys
 from vllm import LLM, SamplingParams
@@ -22,9 +31,13 @@ llm = LLM(model, kv_cache_dtype=page_format, max_model_len=8192, max_num_batched
           compilation_config={{}} if graphs == "graphs" else {{"cudagraph_mode": "NONE"}})
 ids = llm.get_tokenizer()(open(text_file, encoding="utf-8").read())["input_ids"]
 prompts = [{{"prompt_token_ids": ids[:length]}} for length in (5, 129, 700, 3000)]
-sampling = SamplingParams(max_tokens={TOKENS}, temperature=0, ignore_eos=True)
+sampling = SamplingParams(max_tokens={TOKENS}, temperature=0, ignore_eos=True, logprobs=0)
+def answer(prompt):
+    output = llm.generate([prompt], sampling)[0].outputs[0]
+    chosen = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids)]
+    return [list(output.token_ids), chosen]
 # One at a time: batches differ from run to run with the timing of requests, and 16-bit sums with them.
-print("TOKENS", json.dumps([list(llm.generate([p], sampling)[0].outputs[0].token_ids) for p in prompts]))
+print("TOKENS", json.dumps([answer(prompt) for prompt in prompts]))
 """
 
 
@@ -40,6 +53,20 @@ def generate(model, graphs, page_format):
 @pytest.mark.skipif(not README.is_file(), reason="the text is the README of the source tree")
 @pytest.mark.parametrize("page_format", ["oscar-int2", "turboquant-3.5", "turboquant-2.5-qjl"])
 def test_greedy_text_is_the_same_with_and_without_cuda_graphs(demo_model, page_format):
+    """To the bit with the CUDA kernel, whose shares are those of the request.
+
+    Triton's, which serves 2.5 bits at this head size, takes as many shares as fill the device with the longest request
+    that a graph may be replayed for, so its sums are in another order there.
+    """
     with_graphs, without = (generate(demo_model, graphs, page_format) for graphs in ("graphs", "none"))
-    assert [len(tokens) for tokens in with_graphs] == [TOKENS] * 4
-    assert with_graphs == without
+    assert [len(tokens) for tokens, _ in with_graphs] == [TOKENS] * 4
+    if has_cuda_kernel(page_format):
+        assert [tokens for tokens, _ in with_graphs] == [tokens for tokens, _ in without]
+    for answer, expected in zip(with_graphs, without, strict=True):
+        check_alike(answer, expected)
+
+
+def has_cuda_kernel(page_format):
+    available, _ = cuda_ops.is_available(torch.device("cuda"))
+    layout = get_format(page_format).layout(HEAD_DIM, PAGE_TOKENS)
+    return available and cuda_ops.code_arguments(layout) is not None
