@@ -34,11 +34,10 @@ class Case:
         self.layout = layout = page_format.layout(dim, PAGE)
         needed = -(-count // PAGE)
         page_bytes = heads * layout.head_bytes
-        # Distances of a layer from the next: 4 bytes, then 8, and so on, more than its pages.
-        self.begins = [
-            number * (needed + 4) * (page_bytes + 32) + 2 * number * (number + 1) for number in range(layers)
-        ]
-        self.buffer = torch.full((self.begins[-1] + (needed + 4) * (page_bytes + 32),), 0xFF, dtype=torch.uint8)
+        layer_bytes = (needed + 4) * (page_bytes + 32)
+        # Between a layer's pages and the next: 4 bytes, then 8, and so on.
+        self.begins = [number * layer_bytes + 2 * number * (number + 1) for number in range(layers)]
+        self.buffer = torch.full((self.begins[-1] + layer_bytes,), 0xFF, dtype=torch.uint8)
         self.pages = self.layer_pages(self.buffer)
         self.table = torch.randperm(needed + 3)[:needed] + 1
         at = torch.arange(count)
