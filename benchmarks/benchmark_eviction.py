@@ -100,7 +100,7 @@ def watch_compactions(worker: Any) -> None:
 
     from vllm_kvcompress.episodic.worker import EvictionWorker
 
-    worker.seconds = {"_run": 0.0, "_score_layer": 0.0, "compact": 0.0, "compactions": 0}
+    worker.seconds = {"_run": 0.0, "_score_layers": 0.0, "compact": 0.0, "compactions": 0}
 
     def settle() -> None:
         if torch.accelerator.is_available():
@@ -121,7 +121,7 @@ def watch_compactions(worker: Any) -> None:
         setattr(EvictionWorker, name, run)
 
     timed("_run")
-    timed("_score_layer")
+    timed("_score_layers")
     timed("compact")
 
 
@@ -169,7 +169,7 @@ def run_engine(job: dict[str, Any]) -> None:
         llm.collective_rpc(watch_compactions)
         read(context, 1)[0].drain()
         (seconds_of,) = llm.collective_rpc(compaction_seconds)
-        measured.guide_s = seconds_of["_run"] - seconds_of["_score_layer"]  # a layer is scored within the pass
+        measured.guide_s = seconds_of["_run"] - seconds_of["_score_layers"]  # layers are scored within the pass
         measured.compact_s = seconds_of["compact"] - measured.guide_s
         measured.compactions = int(seconds_of["compactions"])
     Path(job["result"]).write_text(json.dumps(asdict(measured)))

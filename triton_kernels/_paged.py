@@ -11,6 +11,8 @@ all this as tuples of constants (`row_parts`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -36,6 +38,25 @@ CHANNELS = tl.constexpr(10)
 POSITIONS = tl.constexpr(11)
 COLUMNS = tl.constexpr(12)
 CHUNK_ENTRIES = tl.constexpr(5)
+
+
+def layer_distances(pages: Sequence[torch.Tensor]) -> list[int]:
+    """Bytes from the pages of the first layer to those of each.
+
+    Raises:
+        ValueError: dtypes, shapes or strides differ.
+    """
+    first = pages[0]
+    for one in pages:
+        if (one.dtype, one.shape, one.stride()) != (first.dtype, first.shape, first.stride()):
+            raise ValueError(f"pages {list(one.shape)} and {list(first.shape)} are not of layers of one kind")
+    return [one.data_ptr() - first.data_ptr() for one in pages]
+
+
+@triton.jit
+def layer_pages(pages_ptr, offsets_ptr, layer, ALIGNED: tl.constexpr):
+    """Pages of a layer that lie offsets[layer] bytes, a multiple of ALIGNED, from those of the first."""
+    return pages_ptr + tl.multiple_of(tl.load(offsets_ptr + layer), ALIGNED)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ import triton.language as tl
 from vllm_kvcompress.formats.base import PageLayout, RowLayout
 from vllm_kvcompress.kernels.transfer import to_device
 from vllm_kvcompress.triton_kernels import _common, _paged
+from vllm_kvcompress.triton_kernels._paged import layer_pages
 from vllm_kvcompress.triton_kernels._rows import read_back_rows, rows_constants, write_rows
 
 _SCRATCH_BYTES = 64 << 20
@@ -51,16 +52,13 @@ def compact(
     first = pages[0]
     heads, head_bytes = first.shape[1:]
     _paged.page_constants(first, layout)
-    for one in pages:
-        if (one.dtype, one.shape, one.stride()) != (first.dtype, first.shape, first.stride()):
-            raise ValueError(f"pages {list(one.shape)} and {list(first.shape)} are not of layers of one kind")
+    distances = _paged.layer_distances(pages)
     _common.check_sketch(sketch, layout)
     layers, count = len(pages), len(targets) * layout.page_tokens
     if kept.shape != (layers, heads, count) or not kept.is_contiguous():
         raise ValueError(f"kept slots {list(kept.shape)} are not {[layers, heads, count]}, contiguous")
     if clip_k.shape != (layers, heads) or not clip_k.is_contiguous():
         raise ValueError(f"shares of the range {list(clip_k.shape)} are not {[layers, heads]}, contiguous")
-    distances = [one.data_ptr() - first.data_ptr() for one in pages]
     aligned = math.gcd(16, *distances)
     at_once = max(1, _SCRATCH_BYTES // (len(targets) * heads * head_bytes))
     for begin in range(0, layers, at_once):
@@ -132,11 +130,6 @@ def _regions(rows: RowLayout, layout: PageLayout) -> tuple[tuple[int, int], ...]
 
 
 @triton.jit
-def _layer_pages(pages_ptr, offsets_ptr, layer, ALIGNED: tl.constexpr):
-    return pages_ptr + tl.multiple_of(tl.load(offsets_ptr + layer), ALIGNED)
-
-
-@triton.jit
 def _survivors(
     pages_ptr, page_stride, table_ptr, kept_ptr, head, rows, PAGE_TOKENS: tl.constexpr, HEAD_BYTES: tl.constexpr
 ):
@@ -175,7 +168,7 @@ def _sum_kernel(
     """Sums [L, pages, H, D] float32 of the keys that come to a page. Grid: KV heads x pages x layers."""
     head, page, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads, count = tl.num_programs(0), tl.num_programs(1)
-    pages_ptr = _layer_pages(pages_ptr, offsets_ptr, layer, ALIGNED)
+    pages_ptr = layer_pages(pages_ptr, offsets_ptr, layer, ALIGNED)
     kept_ptr += (layer * heads + head) * count * PAGE_TOKENS
     sums = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
     for begin in range(0, PAGE_TOKENS, BLOCK):
@@ -221,7 +214,7 @@ def _compact_kernel(
     number = layer * heads + head
     first = tl.program_id(1) * BLOCK
     rows = first + tl.arange(0, BLOCK)
-    pages_ptr = _layer_pages(pages_ptr, offsets_ptr, layer, ALIGNED)
+    pages_ptr = layer_pages(pages_ptr, offsets_ptr, layer, ALIGNED)
     kept_ptr += number * num_rows
     source, before = _survivors(pages_ptr, page_stride, table_ptr, kept_ptr, head, rows, PAGE_TOKENS, HEAD_BYTES)
     page = layer * (num_rows // PAGE_TOKENS) + first // PAGE_TOKENS
@@ -274,6 +267,6 @@ def _place_kernel(
     page, layer = tl.program_id(1), tl.program_id(2)
     number = layer * tl.num_programs(1) + page
     source = staged_ptr.to(tl.pointer_type(tl.int32)) + number.to(tl.int64) * num_words
-    target = _layer_pages(pages_ptr, offsets_ptr, layer, ALIGNED) + tl.load(targets_ptr + page) * page_stride
+    target = layer_pages(pages_ptr, offsets_ptr, layer, ALIGNED) + tl.load(targets_ptr + page) * page_stride
     mask = words < num_words
     tl.store(target.to(tl.pointer_type(tl.int32)) + words, tl.load(source + words, mask=mask, other=0), mask=mask)

@@ -26,6 +26,7 @@ from vllm_kvcompress.triton_kernels._paged import (
     interleave,
     interleave_four,
     is_windowed,
+    layer_pages,
     levels_at,
     load_halves,
     load_part,
@@ -55,6 +56,8 @@ def gather_history(
     sink_tokens: int,
     recent_tokens: int,
     sketch: torch.Tensor | None = None,
+    layer_offsets: torch.Tensor | None = None,
+    aligned: int = 4,
 ) -> None:
     """Write history tokens first_token <= t < min(c, first_token + tile_tokens) of every request, c its history.
 
@@ -72,6 +75,9 @@ def gather_history(
         window_cache: [num_blocks, H, block, 4 * D] uint8 or None; window_table: [R, max_blocks] int32, 0 = no block.
         window_dtype: bfloat16 or float16.
         sketch: S of `quantizers.qjl`, contiguous float16 [D, D], if the keys have signs; else None.
+        layer_offsets: [R] int64: "request" r is layer r, whose pages lie so many bytes, a multiple of `aligned`, from
+            `pages`; None: all are requests of one layer.
+        aligned: 4, 8 or 16.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
@@ -113,6 +119,7 @@ def gather_history(
         keys,
         values,
         sketch,
+        layer_offsets,
         capacity,
         first_token,
         sink_tokens,
@@ -120,6 +127,7 @@ def gather_history(
         TWO_BIT=layout.is_two_bit,
         WINDOW_BLOCK=window_block,
         BLOCK_T=block_t,
+        ALIGNED=aligned,
         num_warps=4 if layout.head_dim <= 128 else 8,
         **constants,
     )
@@ -141,6 +149,7 @@ def _gather_kernel(
     keys_ptr,
     values_ptr,
     sketch_ptr,
+    layer_offsets_ptr,
     capacity,
     first_position,
     sink_tokens,
@@ -160,12 +169,13 @@ def _gather_kernel(
     K_MEAN: tl.constexpr,
     WINDOW_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Grid: KV heads x tiles of BLOCK_T tokens x requests.
 
     Args:
         window_ptr, K_MEAN: None without windows, without page means. sketch_ptr, SIGNS, SIGN_NORMS: without signs.
-        values_ptr: None where keys are all that is wanted.
+        values_ptr: None where keys are all that is wanted. layer_offsets_ptr: None in one layer.
         K_PARTS, V_PARTS: of `_paged.row_parts`.
     """
     kv_head = tl.program_id(0)
@@ -175,6 +185,8 @@ def _gather_kernel(
     begin = first_position + in_tile
     if begin >= history:
         return
+    if layer_offsets_ptr is not None:
+        pages_ptr = layer_pages(pages_ptr, layer_offsets_ptr, request, ALIGNED)
     lanes = tl.arange(0, BLOCK_T)
     positions = begin + lanes
     in_history = positions < history

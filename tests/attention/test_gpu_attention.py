@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_kvcompress import compat
 from vllm_kvcompress.attention import gpu as gpu_module
 from vllm_kvcompress.attention import gpu_warmup
-from vllm_kvcompress.attention.gpu import GpuAttention, Limits, layer_constants
+from vllm_kvcompress.attention.gpu import GpuAttention, Limits, layer_constants, score_layers
 from vllm_kvcompress.attention.gpu_metadata import make_metadata
 from vllm_kvcompress.attention.gpu_warmup import run_eviction, run_step
 from vllm_kvcompress.attention.window_layer import WindowMetadata
@@ -496,19 +496,20 @@ def test_scores_are_taken_in_cache_space(flash, monkeypatch):
     queries = torch.randn(40, 6, 64).to(step.dtype)
     table = step.table[0].long().to(DEVICE)
     pages = step.pages.to(DEVICE)
-    scores = step.attention.score(pages, step.layout, table, 300, POLICIES["epicache"], queries.to(DEVICE), None)
-    assert scores.shape == (2, 300)
+    asked = [queries.to(DEVICE)]
+    scores = score_layers([step.attention], [pages], step.layout, table, 300, POLICIES["epicache"], asked, None)
+    assert scores.shape == (1, 2, 300)
     ((_, slots, rotated, offset, *_),) = seen
     rotation = step.k_rotation.double()
     # Queries and rotation are rounded to fp16, and their product is.
     wanted = torch.einsum("tgd,gde->tge", queries.double(), rotation.repeat_interleave(3, 0))
     assert rotated.dtype == torch.float16
     torch.testing.assert_close(
-        rotated.cpu().double(), wanted, rtol=2**-10, atol=2**-10 * float(queries.norm(dim=-1).max())
+        rotated[0].cpu().double(), wanted, rtol=2**-10, atol=2**-10 * float(queries.norm(dim=-1).max())
     )
     wanted = torch.einsum("hd,hde->he", step.k_mean.double(), rotation)
     torch.testing.assert_close(
-        offset.cpu().double(), wanted, rtol=0, atol=2**-11 * float(step.k_mean.norm(dim=-1).max())
+        offset[0].cpu().double(), wanted, rtol=0, atol=2**-11 * float(step.k_mean.norm(dim=-1).max())
     )
     assert slots.workspace.shape == (2 * PAGE, 2, 64)
 
@@ -530,3 +531,4 @@ def test_scratch_comes_from_vllm_where_it_keeps_some(monkeypatch):
     step.attention.scratch(PAGE)
     manager.lock()
     step.check()  # would raise if it grew
+    assert len(step.attention.key_workspace(PAGE)) > len(step.attention.scratch(PAGE)["keys"])

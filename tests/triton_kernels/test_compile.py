@@ -120,10 +120,10 @@ def compact(name, dim, policy, group=GROUP, budget=1, offset=False):
     table = torch.ones(budget + 1, dtype=torch.int64)
     workspace = torch.empty(1024, HEADS, dim, dtype=torch.float16)
     sketch = torch.empty(dim, dim, dtype=torch.float16) if layout.keys.signs is not None else None
-    queries = torch.empty(64, HEADS * group, dim, dtype=torch.float16)
-    slots = Slots(pages, layout, table, budget * 128 + 100, workspace, sketch)
-    scores = score(POLICIES[policy], slots, queries, torch.empty(HEADS, dim) if offset else None, 0.1)
-    assert scores.shape == (HEADS, budget * 128 + 100)
+    queries = torch.empty(2, 64, HEADS * group, dim, dtype=torch.float16)
+    slots = Slots([pages, pages], layout, table, budget * 128 + 100, workspace, sketch)
+    scores = score(POLICIES[policy], slots, queries, torch.empty(2, HEADS, dim) if offset else None, 0.1)
+    assert scores.shape == (2, HEADS, budget * 128 + 100)
     kept = torch.arange(budget * 128).expand(2, HEADS, -1).contiguous()
     for is_first in (True, False):
         compact([pages, pages], layout, table, table[:budget], kept, is_first, torch.ones(2, HEADS), sketch=sketch)

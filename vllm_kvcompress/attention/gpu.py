@@ -7,6 +7,7 @@ host numbers alone, and nothing here waits for the device. Prefills never run in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -52,6 +53,8 @@ class LayerConstants:
     """[H, D, D] float16 contiguous: its transpose"""
     k_mean: torch.Tensor | None
     """[H, D] float32"""
+    k_offset: torch.Tensor | None
+    """[H, D] float32: the mean in cache space, by the rotation as it is rounded"""
     clip_k: torch.Tensor
     """[H] float32"""
     clip_v: torch.Tensor
@@ -93,11 +96,16 @@ def layer_constants(
         sign_rotation = (sketch.mT if k_rotation is None else k_rotation.to(device, sketch.dtype) @ sketch.mT).expand(
             num_kv_heads, -1, -1
         )
+    rotation = half(k_rotation)
+    mean = offset = None if k_mean is None else k_mean.to(device, torch.float32).contiguous()
+    if mean is not None and rotation is not None:
+        offset = torch.einsum("hd,hde->he", mean, rotation.float()).contiguous()
     return LayerConstants(
-        k_rotation=half(k_rotation),
+        k_rotation=rotation,
         v_rotation=half(v_rotation),
         v_unrotation=half(None if v_rotation is None else v_rotation.mT),
-        k_mean=None if k_mean is None else k_mean.to(device, torch.float32).contiguous(),
+        k_mean=mean,
+        k_offset=offset,
         clip_k=clip(clip_k),
         clip_v=clip(clip_v),
         sketch=half(sketch),
@@ -156,6 +164,26 @@ class GpuAttention:
 
         First called while vLLM profiles memory, so that it is counted.
         """
+        shapes = self._scratch_shapes(page_tokens)
+        manager = compat.workspace_manager()
+        if manager is not None:
+            return dict(zip(shapes, manager.get_simultaneous(*shapes.values()), strict=True))
+        return {name: _OWN_SCRATCH.get(name, *shape, self.device) for name, shape in shapes.items()}
+
+    def key_workspace(self, page_tokens: int) -> torch.Tensor:
+        """[N, H, D] float16 for scoring between two layers' attention: all of the scratch memory that vLLM keeps."""
+        shapes, rows = self._scratch_shapes(page_tokens), self._history_tokens(page_tokens)
+        row = (self.num_kv_heads, self.head_dim)
+        manager = compat.workspace_manager()
+        if manager is None or self.flash is None:
+            return _OWN_SCRATCH.get("scored_keys", (rows, *row), torch.float16, self.device)
+        scratch_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+        rows = scratch_bytes // (math.prod(row) * torch.float16.itemsize)
+        (found,) = manager.get_simultaneous(((rows, *row), torch.float16))
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    def _scratch_shapes(self, page_tokens: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         limits = self.limits
         tokens = limits.max_tokens
         decode_tokens = min(tokens, limits.max_requests * limits.decode_query_len)
@@ -179,10 +207,7 @@ class GpuAttention:
             shapes["history_out"] = shapes["tile_out"] = ((tokens, *per_query), torch.float16)
             if self.constants.k_mean is not None:
                 shapes["centred"] = ((tokens, self.num_kv_heads, self.head_dim), self.dtype)
-        manager = compat.workspace_manager()
-        if manager is not None:
-            return dict(zip(shapes, manager.get_simultaneous(*shapes.values()), strict=True))
-        return {name: _OWN_SCRATCH.get(name, *shape, self.device) for name, shape in shapes.items()}
+        return shapes
 
     def _history_tokens(self, page_tokens: int) -> int:
         return max(self.history_tokens, page_tokens)
@@ -224,35 +249,6 @@ class GpuAttention:
                 self._store(k, v, cache, part, windows, None)
                 groups = metadata.history(self._history_tokens(layout.page_tokens))
                 self._attend_chunks(self.flash, q, k, v, cache, part, groups, windows, o, scratch)
-
-    def score(
-        self,
-        pages: torch.Tensor,
-        layout: PageLayout,
-        table: torch.Tensor,
-        num_slots: int,
-        policy: Policy,
-        queries: torch.Tensor | None,
-        previous: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """[H, num_slots] float32: `kernels.compaction.score`.
-
-        Args:
-            queries: [Q, Hq, D] in the model's dtype, the last dimension contiguous, or None.
-        """
-        rotation, offset = self.constants.k_rotation, self.constants.k_mean
-        if offset is not None and rotation is not None:
-            offset = torch.einsum("hd,hde->he", offset, rotation.float()).contiguous()
-        rotated = None
-        if queries is not None:
-            rotated = torch.empty(queries.shape, dtype=torch.float16, device=queries.device)
-            rotate(queries, rotation, rotated)
-        workspace = self.scratch(layout.page_tokens).get("keys")
-        if workspace is None:  # FlashAttention does not serve
-            shape = (self._history_tokens(layout.page_tokens), self.num_kv_heads, self.head_dim)
-            workspace = _OWN_SCRATCH.get("scored_keys", shape, torch.float16, self.device)
-        slots = Slots(pages, layout, table, num_slots, workspace, self.constants.sketch)
-        return score(policy, slots, rotated, offset, self.scale, previous)
 
     def _store(
         self,
@@ -399,6 +395,33 @@ class GpuAttention:
                 _aligned(history_lse),
                 self.constants.v_unrotation,
             )
+
+
+def score_layers(
+    layers: Sequence[GpuAttention],
+    pages: Sequence[torch.Tensor],
+    layout: PageLayout,
+    table: torch.Tensor,
+    num_slots: int,
+    policy: Policy,
+    queries: Sequence[torch.Tensor] | None,
+    previous: torch.Tensor | None,
+) -> torch.Tensor:
+    """[L, H, num_slots] float32 of one request's slots in several layers: `triton_kernels.score.score`.
+
+    Args:
+        queries: of every layer [Q, Hq, D] in the model's dtype, the last dimension contiguous; or None.
+    """
+    first = layers[0]
+    rotated = offset = None
+    if queries is not None:
+        rotated = torch.empty(len(layers), *queries[0].shape, dtype=torch.float16, device=first.device)
+        for layer, own, out in zip(layers, queries, rotated, strict=True):
+            rotate(own, layer.constants.k_rotation, out)
+    if first.constants.k_offset is not None:
+        offset = torch.stack([layer.constants.k_offset for layer in layers if layer.constants.k_offset is not None])
+    slots = Slots(pages, layout, table, num_slots, first.key_workspace(layout.page_tokens), first.constants.sketch)
+    return score(policy, slots, rotated, offset, first.scale, previous)
 
 
 def compact_layers(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from vllm_kvcompress.attention.gpu import GpuAttention, compact_layers
+from vllm_kvcompress.attention.gpu import GpuAttention, compact_layers, score_layers
 from vllm_kvcompress.attention.gpu_metadata import make_metadata
 from vllm_kvcompress.attention.window_layer import WindowMetadata
 from vllm_kvcompress.episodic.policies import POLICIES, Policy, protected_slots, select_without_waiting
@@ -77,11 +77,11 @@ def run_eviction(attention: GpuAttention, layout: PageLayout, policy: Policy, is
     pages = torch.zeros(2, heads, layout.head_bytes, dtype=torch.uint8, device=device)
     table = torch.ones(3, dtype=torch.int64, device=device)
     shape = (_QUERIES, attention.num_heads, attention.head_dim)
-    queries = None if policy.queries == "none" else torch.zeros(shape, dtype=attention.dtype, device=device)
+    queries = None if policy.queries == "none" else [torch.zeros(shape, dtype=attention.dtype, device=device)]
     count, budget = len(table) * layout.page_tokens - 1, layout.page_tokens
-    scores = attention.score(pages, layout, table, count, policy, queries, None)[:, : 2 * budget]
+    scores = score_layers([attention], [pages], layout, table, count, policy, queries, None)[..., : 2 * budget]
     protected = protected_slots(policy, count, 2 * budget, budget, 0, device)
-    kept = select_without_waiting(scores, budget, protected).unsqueeze(0)
+    kept = select_without_waiting(scores.flatten(0, 1), budget, protected).unsqueeze(0)
     compact_layers([attention], [pages], layout, table, table[:1], kept, is_first)
     return kept
 

@@ -346,32 +346,38 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         )
         return output
 
+    @staticmethod
     def score(
-        self,
-        kv_cache: torch.Tensor,
+        layers: Sequence[Any],
         table: torch.Tensor,
         num_slots: int,
         policy: Policy,
-        queries: torch.Tensor | None,
+        queries: Sequence[torch.Tensor] | None,
         previous: torch.Tensor | None,
     ) -> torch.Tensor:
-        """[H, num_slots] float32: a request's slots by a policy (`compaction.score`).
+        """[L, H, num_slots] float32: a request's slots by a policy, `compaction.score` in layers of one KV cache group.
 
         Args:
-            kv_cache: as for `forward`.
-            queries: [Q, Hq, D] in the model's dtype, or None.
+            queries: of every layer [Q, Hq, D] in the model's dtype; or None.
+            previous: [L, H, T'] float32, as of `compaction.score`.
         """
-        pages, layout = self._pages(kv_cache)
-        if self._gpu is not None:
-            return self._gpu.score(pages, layout, table, num_slots, policy, queries, previous)
-        offset = self._k_mean
-        if self._k_rotation is not None:
-            if offset is not None:
-                offset = torch.einsum("hd,hde->he", offset.float(), self._k_rotation)
-            if queries is not None:
-                grouped = queries.float().unflatten(1, (self.num_kv_heads, -1))
-                queries = torch.einsum("thgd,hde->thge", grouped, self._k_rotation).flatten(1, 2)
-        return compaction.score(pages, layout, table, num_slots, policy, queries, offset, self.scale, previous)
+        impls, pages, layout, gpus = KVCompressImpl._parts(layers)
+        if gpus:
+            from vllm_kvcompress.attention.gpu import score_layers
+
+            return score_layers(gpus, pages, layout, table, num_slots, policy, queries, previous)
+        found = []
+        for number, (impl, one) in enumerate(zip(impls, pages, strict=True)):
+            before = None if previous is None else previous[number]
+            asked, offset = None if queries is None else queries[number], impl._k_mean
+            if impl._k_rotation is not None:
+                if offset is not None:
+                    offset = torch.einsum("hd,hde->he", offset.float(), impl._k_rotation)
+                if asked is not None:
+                    grouped = asked.float().unflatten(1, (impl.num_kv_heads, -1))
+                    asked = torch.einsum("thgd,hde->thge", grouped, impl._k_rotation).flatten(1, 2)
+            found.append(compaction.score(one, layout, table, num_slots, policy, asked, offset, impl.scale, before))
+        return torch.stack(found)
 
     @staticmethod
     def compact(
@@ -382,10 +388,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         Args:
             kept: [L, H, M] int64, of every layer.
         """
-        impls: list[KVCompressImpl] = [layer.impl for layer in layers]
-        found = [impl._pages(layer.kv_cache) for impl, layer in zip(impls, layers, strict=True)]
-        pages, layout = [one for one, _ in found], found[0][1]
-        gpus = [impl._gpu for impl in impls if impl._gpu is not None]
+        impls, pages, layout, gpus = KVCompressImpl._parts(layers)
         if gpus:
             from vllm_kvcompress.attention.gpu import compact_layers
 
@@ -393,6 +396,16 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             return
         for impl, one, slots in zip(impls, pages, kept, strict=True):
             compaction.compact(one, layout, table, targets, slots, is_first, impl._clip_k)
+
+    @staticmethod
+    def _parts(
+        layers: Sequence[Any],
+    ) -> tuple[list[KVCompressImpl], list[torch.Tensor], PageLayout, list[GpuAttention]]:
+        """Of layers of one KV cache group: what implements each, their pages and layout, their GPU kernels if any."""
+        impls: list[KVCompressImpl] = [layer.impl for layer in layers]
+        found = [impl._pages(layer.kv_cache) for impl, layer in zip(impls, layers, strict=True)]
+        gpus = [impl._gpu for impl in impls if impl._gpu is not None]
+        return impls, [pages for pages, _ in found], found[0][1], gpus
 
     def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, PageLayout]:
         """[num_pages, H, head_bytes] uint8, and what is where in them."""

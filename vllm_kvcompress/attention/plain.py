@@ -75,17 +75,21 @@ def _evicting(base: Any, name: str) -> type:
 
 
 def score(
-    layer: Any,
+    layers: Sequence[Any],
     table: torch.Tensor,
     num_slots: int,
     policy: Policy,
-    queries: torch.Tensor | None,
+    queries: Sequence[torch.Tensor] | None,
     previous: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As `compaction.score`, of the cache of a layer with one of vLLM's own backends."""
-    cache = compat.plain_pages(layer)[0]
-    keys = cache[table[: -(-num_slots // cache.shape[2])]].transpose(1, 2).flatten(0, 1)[:num_slots]
-    return policy.score(Layer(keys.float(), queries, layer.impl.scale, previous))
+    """As `KVCompressImpl.score`, of the caches of layers with one of vLLM's own backends."""
+    found = []
+    for number, layer in enumerate(layers):
+        cache = compat.plain_pages(layer)[0]
+        keys = cache[table[: -(-num_slots // cache.shape[2])]].transpose(1, 2).flatten(0, 1)[:num_slots]
+        asked, before = (None if x is None else x[number] for x in (queries, previous))
+        found.append(policy.score(Layer(keys.float(), asked, layer.impl.scale, before)))
+    return torch.stack(found)
 
 
 def compact(layers: Sequence[Any], table: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor) -> None:

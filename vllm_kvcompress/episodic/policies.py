@@ -203,10 +203,10 @@ POLICIES: dict[str, Policy] = {
 
 
 def highest_rank(*scores: torch.Tensor) -> torch.Tensor:
-    """The largest of a slot's ranks, 0 the lowest, by scores that are each [Hkv, T]; of equal ones, the later slot's.
+    """The largest of a slot's ranks, 0 the lowest, by scores that are each [..., T]; of equal ones, the later slot's.
 
     Returns:
-        [Hkv, T] float32, NaN where a score is.
+        [..., T] float32, NaN where a score is.
     """
     stacked = torch.stack(scores)
     order = stacked.argsort(dim=-1, stable=True)

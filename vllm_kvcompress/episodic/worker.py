@@ -25,6 +25,9 @@ from vllm_kvcompress.kernels.transfer import to_device
 if TYPE_CHECKING:
     from vllm_kvcompress.episodic.connector import NullRange, Order
 
+_QUERY_BYTES = 64 << 20
+"""Of queries that wait for those of other layers, to be scored with in the same launches."""
+
 
 class EvictionWorker:
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
@@ -42,8 +45,8 @@ class EvictionWorker:
         """Group of the pages that a group is, or is the windows of"""
         self.host: HostPages | None = None
         """Where kept episodes are spilled to, if anywhere"""
-        self._summed: dict[str, dict[str, torch.Tensor]] = {}
-        """Request -> layer -> [H, T] float32 in host memory: scores that add up, of the slots it was left with"""
+        self._summed: dict[str, dict[int, torch.Tensor]] = {}
+        """Request -> group -> [L, H, T] float32 in host memory: scores that add up, of the slots it was left with"""
 
     def allocate_host_memory(self, num_slots: int) -> None:
         """Once the pages are allocated; at start, so that a machine that has not got it says so then."""
@@ -74,52 +77,76 @@ class EvictionWorker:
             num_slots = order.num_tokens - self._null_tokens(order, part.group)
             budget, leading = len(part.targets) * page_tokens, order.eviction.protected_tokens
             protected = protected_slots(policy, num_slots, sources, budget, leading, device)
-            layers, found = [self._context[name] for name in names], [scores[name] for name in names]
-            kept = choose(torch.cat([one[:, :sources] for one in found]), budget, protected)
-            kept = kept.unflatten(0, (len(names), -1))
+            layers, found = [self._context[name] for name in names], scores[part.group]
+            kept = choose(found[..., :sources].flatten(0, 1), budget, protected).unflatten(0, (len(names), -1))
             if isinstance(layers[0].impl, KVCompressImpl):
                 KVCompressImpl.compact(layers, table, targets, kept, is_first=begin == end)
             else:
                 plain.compact(layers, table, targets, kept)
             if policy.accumulates:
-                for name, one, slots in zip(names, found, kept, strict=True):
-                    scores[name] = torch.cat([one.gather(1, slots), one[:, sources:]], dim=1)
+                scores[part.group] = torch.cat([found.gather(2, kept), found[..., sources:]], dim=2)
         if policy.accumulates:
-            self._summed[order.request_id] = {name: x.to("cpu", non_blocking=True) for name, x in scores.items()}
+            self._summed[order.request_id] = {group: x.to("cpu", non_blocking=True) for group, x in scores.items()}
 
-    def _score(self, order: Order, policy: Policy, groups: Iterable[int]) -> dict[str, torch.Tensor]:
-        """[H, T] float32 of every layer of some groups, of all slots up to `order.num_tokens`."""
+    def _score(self, order: Order, policy: Policy, groups: Sequence[int]) -> dict[int, torch.Tensor]:
+        """[L, H, T] float32 of the layers of some groups, of all slots up to `order.num_tokens`."""
         device = self._config.device_config.device
-        group_of = {name: group for group in groups for name in self._groups[group][1]}
         tables = {group: to_device(self._live(order, group), torch.int64, device) for group in groups}
-        scores: dict[str, torch.Tensor] = {}
+        scores: dict[int, torch.Tensor] = {}
         if policy.accumulates:
-            for name, before in self._summed.get(order.carried, {}).items():
-                known = order.position - self._null_tokens(order, group_of[name])
+            for group, before in self._summed.get(order.carried, {}).items():
+                known = order.position - self._null_tokens(order, group)
                 # Cut on the device: the host may not have got all of it yet.
-                scores[name] = before.to(device, non_blocking=True)[:, :known]
-
-        def score(name: str, layer: Any, queries: torch.Tensor | None, end: int) -> None:
-            group = group_of[name]
-            num_slots = end - self._null_tokens(order, group)
-            scores[name] = self._score_layer(layer, tables[group], num_slots, policy, queries, scores.get(name))
-
+                scores[group] = before.to(device, non_blocking=True)[..., :known]
         if policy.queries == "none":
-            for name in group_of:
-                score(name, self._context[name], None, order.num_tokens)
+            for group in groups:
+                layers = [self._context[name] for name in self._groups[group][1]]
+                num_slots = order.num_tokens - self._null_tokens(order, group)
+                scores[group] = self._score_layers(layers, tables[group], num_slots, policy, None, None)
         # A block is read in steps of the length that the scheduler's have.
         most = order.eviction.block_tokens if policy.accumulates else len(order.queries)
         for first in range(0, len(order.queries), most or 1):
             tokens, position = order.queries[first : first + most], order.position + first
-            end = min(order.num_tokens, position + len(tokens))
-            self._run(order, tokens, position, list(group_of), functools.partial(score, end=end))
+            scores = self._score_by_pass(order, policy, tokens, position, tables, scores)
         return scores
 
-    def _score_layer(self, layer: Any, *arguments: Any) -> torch.Tensor:
-        """`plain.score`, of whatever pages the layer has."""
-        if isinstance(layer.impl, KVCompressImpl):
-            return layer.impl.score(layer.kv_cache, *arguments)
-        return plain.score(layer, *arguments)
+    def _score_by_pass(
+        self,
+        order: Order,
+        policy: Policy,
+        tokens: list[int],
+        position: int,
+        tables: dict[int, torch.Tensor],
+        previous: dict[int, torch.Tensor],
+    ) -> dict[int, torch.Tensor]:
+        """Scores of the groups in `tables` by queries of tokens that begin at `position`."""
+        end = min(order.num_tokens, position + len(tokens))
+        places = {name: (group, at) for group in tables for at, name in enumerate(self._groups[group][1])}
+        heard: dict[str, torch.Tensor] = {}
+        found: dict[tuple[int, int], torch.Tensor] = {}
+
+        # A layer can be scored at any time in the pass, which writes nothing that its slots before `end` are read from.
+        def listen(name: str, queries: torch.Tensor) -> None:
+            heard[name] = queries.clone()  # the layer's own are activations, whose memory others get
+            group, at = places[name]
+            at_once = max(1, _QUERY_BYTES // queries.nbytes)
+            begin = at // at_once * at_once
+            names = self._groups[group][1][begin : begin + at_once]
+            if not heard.keys() >= set(names):
+                return
+            layers, asked = [self._context[one] for one in names], [heard.pop(one) for one in names]
+            before = previous[group][begin : begin + at_once] if group in previous else None
+            num_slots = end - self._null_tokens(order, group)
+            found[group, begin] = self._score_layers(layers, tables[group], num_slots, policy, asked, before)
+
+        self._run(order, tokens, position, list(places), listen)
+        return {group: torch.cat([found[key] for key in sorted(found) if key[0] == group]) for group in tables}
+
+    def _score_layers(self, layers: Sequence[Any], *arguments: Any) -> torch.Tensor:
+        """`plain.score`, of whatever pages the layers have."""
+        if isinstance(layers[0].impl, KVCompressImpl):
+            return KVCompressImpl.score(layers, *arguments)
+        return plain.score(layers, *arguments)
 
     def close_gaps(
         self, ranges: list[NullRange], attn_metadata: dict[str, Any], request_ids: Sequence[str] | None
@@ -166,7 +193,7 @@ class EvictionWorker:
         tokens: list[int],
         position: int,
         layers: list[str],
-        listen: Callable[[str, Any, torch.Tensor], None],
+        listen: Callable[[str, torch.Tensor], None],
     ) -> None:
         """A forward pass of tokens that begin at `position`, over the cache before them; it leaves nothing in it.
 
@@ -176,7 +203,7 @@ class EvictionWorker:
         count, device = len(tokens), self._config.device_config.device
 
         def take(name: str, layer: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-            listen(name, layer, arguments[0].detach().view(count, -1, layer.head_size))
+            listen(name, arguments[0].detach().view(count, -1, layer.head_size))
 
         hooks = [self._context[name].register_forward_pre_hook(functools.partial(take, name)) for name in layers]
         model = compat.loaded_model(self._config)
