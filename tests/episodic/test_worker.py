@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a step's table are told apart, whatever they still hold."""
+"""Rows of a step's table are told apart, whatever they still hold; layers are scored together."""
 
 import random
 import secrets
@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from vllm_kvcompress import compat
+from vllm_kvcompress.attention.pages import PageSpec
+from vllm_kvcompress.episodic import worker as worker_module
 from vllm_kvcompress.episodic.connector import NullRange
-from vllm_kvcompress.episodic.worker import match_rows
+from vllm_kvcompress.episodic.worker import EvictionWorker, match_rows
 
 
 def item(first, tail_index, tail):
@@ -72,3 +74,40 @@ def test_the_model_is_the_one_whose_layers_these_are(monkeypatch):
     del gone
     with pytest.raises(RuntimeError, match="not loaded by"):
         compat.loaded_model(layers)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 8])
+def test_layers_wait_to_be_scored_together(at_once, monkeypatch):
+    """Within the bound on queries, in whatever order the layers run; each gets its own queries and scores so far."""
+    names = [f"layer {number}" for number in range(5)]
+    layers = {name: SimpleNamespace(number=number) for number, name in enumerate(names)}
+    compilation = SimpleNamespace(static_forward_context=layers)
+    config = SimpleNamespace(compilation_config=compilation, device_config=SimpleNamespace(device=torch.device("cpu")))
+    spec = PageSpec(block_size=128, num_kv_heads=1, head_size=64, dtype=torch.float16)
+    groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=part) for part in (names[:3], names[3:])]
+    worker = EvictionWorker(config, SimpleNamespace(kv_cache_groups=groups))
+    order = SimpleNamespace(num_tokens=100, nulls={0: (0, 0), 1: (0, 0)})
+    queries = torch.zeros(4, 1, 64)
+    monkeypatch.setattr(worker_module, "_QUERY_BYTES", at_once * queries.nbytes)
+    asked = []
+
+    def run(order, tokens, position, run_layers, listen):
+        assert run_layers == names
+        for number in torch.randperm(5).tolist():
+            queries.fill_(number)  # as activations are written over
+            listen(names[number], queries)
+
+    def score(layers, table, num_slots, policy, heard, previous):
+        numbers = [layer.number for layer in layers]
+        asked.append(numbers)
+        assert [set(one.flatten().tolist()) for one in heard] == [{number} for number in numbers]
+        assert previous.flatten().tolist() == numbers and num_slots == 100
+        return torch.tensor(numbers).view(-1, 1, 1) + 10
+
+    monkeypatch.setattr(worker, "_run", run)
+    monkeypatch.setattr(worker, "_score_layers", score)
+    previous = {0: torch.tensor([0, 1, 2]).view(-1, 1, 1), 1: torch.tensor([3, 4]).view(-1, 1, 1)}
+    found = worker._score_by_pass(order, None, [1, 2, 3, 4], 100, {0: None, 1: None}, previous)
+    assert {group: scores.flatten().tolist() for group, scores in found.items()} == {0: [10, 11, 12], 1: [13, 14]}
+    expected = {1: [[0], [1], [2], [3], [4]], 2: [[0, 1], [2], [3, 4]], 8: [[0, 1, 2], [3, 4]]}
+    assert sorted(asked) == expected[at_once]

@@ -42,8 +42,9 @@ class Memory:
         """[H, T], by the kernels."""
         there = [None if x is None else x.to(device) for x in (self.pages, self.table, queries, offset)]
         workspace = torch.full((2 * PAGE, self.heads, self.dim), torch.nan).half().to(device)
-        slots = Slots(there[0], self.layout, there[1], self.count, workspace, None)
-        return score(policy, slots, there[2], there[3], self.dim**-0.5).cpu()
+        slots = Slots([there[0]], self.layout, there[1], self.count, workspace, None)
+        asked, added = (None if x is None else x.unsqueeze(0) for x in there[2:])
+        return score(policy, slots, asked, added, self.dim**-0.5).cpu()[0]
 
     def compact(self, device, num_sources, targets, scores, protected=0, *, is_first=True):
         """What is kept, and the pages that kernels and oracle leave. protected: of slots, or the first so many."""
