@@ -6,11 +6,11 @@
 The shape of Llama-3.1-8B with dummy weights and --layers of its 32 layers, as in benchmark_engine.py. Four engines:
 `auto` (FlashAttention over bf16 pages) and one of our formats, each keeping everything and each with requests that
 evict. All read prompts in steps of one block, so that prefill compares. They all start, then measure one after the
-other, alone on the GPU. Peak memory is looked up in the block manager after every step that is scheduled: pages and
-16-bit windows of one request, in bytes of all layers.
+other, alone on the GPU.
 
-Prefill is that of one request, timed without looking into it. How long guide passes and compactions take is measured in
-another reading, which waits for the GPU before and after each.
+Prefill is that of one request, timed without looking into it, and so are decode steps. Another reading waits for the
+GPU before and after each guide pass and compaction, to time them, and looks up peak memory in the block manager after
+every step that is scheduled: pages and 16-bit windows of one request, in bytes of all layers.
 """
 
 from __future__ import annotations
@@ -152,7 +152,6 @@ def run_engine(job: dict[str, Any]) -> None:
         return requests, requests.fill(batch, extra_args=asked)
 
     read(min(context, job["budget"] + 3 * job["block"]), 1)[0].drain()  # the first of everything is slower
-    llm.collective_rpc(watch_pages)
     for _ in range(job["rounds"]):
         requests, seconds = read(context, 1)
         measured.prefill_s.append(seconds)
@@ -164,10 +163,13 @@ def run_engine(job: dict[str, Any]) -> None:
         measured.decode_ms[batch] = statistics.median(requests.seconds_per_token(job["steps"])) * 1e3
         Path(job["result"]).write_text(json.dumps(asdict(measured)))
     requests.drain()
-    (measured.peak_bytes,) = llm.collective_rpc(peak_bytes)
+    # Last: with so many blocks to look at, every step takes a millisecond more.
+    llm.collective_rpc(watch_pages)
     if setup.evicts:
         llm.collective_rpc(watch_compactions)
-        read(context, 1)[0].drain()
+    read(context, 1)[0].drain()
+    (measured.peak_bytes,) = llm.collective_rpc(peak_bytes)
+    if setup.evicts:
         (seconds_of,) = llm.collective_rpc(compaction_seconds)
         measured.guide_s = seconds_of["_run"] - seconds_of["_score_layers"]  # layers are scored within the pass
         measured.compact_s = seconds_of["compact"] - measured.guide_s

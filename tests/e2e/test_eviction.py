@@ -497,6 +497,10 @@ def reference_logprobs(
     return torch.cat(found)
 
 
+def asked_for(name: str | None, budget: int, guide: list[int]):
+    return None if name is None else ask(name, budget, guide if POLICIES[name].queries == "guide" else None)
+
+
 @pytest.mark.feature("eviction and episodes", "works")
 def test_the_engine_evicts_what_the_reference_evicts(real_weights, tmp_path):
     """Log-probabilities of a text in blocks, each read after an eviction, against the Hugging Face reference.
@@ -514,7 +518,7 @@ def test_the_engine_evicts_what_the_reference_evicts(real_weights, tmp_path):
 
     folder, ids, guide = real_weights
     cases: list[tuple[str | None, int]] = [(None, BUDGET), *CASES]
-    asks = [None if n is None else ask(n, budget, guide if n == "epicache" else None) for n, budget in cases]
+    asks = [asked_for(name, budget, guide) for name, budget in cases]
     rounds = [Round([ids], [asked], {**SCORED, "max_tokens": 1}) for asked in asks]
     report = run(folder, tmp_path, rounds)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=NAME).eval()
@@ -547,7 +551,7 @@ def test_sixteen_bit_pages_evict_what_the_reference_evicts(real_weights, tmp_pat
 
     folder, ids, guide = real_weights
     cases: list[tuple[str | None, int]] = [(None, BUDGET), *CASES]
-    asks = [None if n is None else ask(n, budget, guide if n == "epicache" else None) for n, budget in cases]
+    asks = [asked_for(name, budget, guide) for name, budget in cases]
     rounds = [Round([ids], [asked], {**SCORED, "max_tokens": 1}) for asked in asks]
     dtype = "float16" if ON_GPU else "float32"
     report = run(folder, tmp_path, rounds, kv_cache_dtype="auto", dtype=dtype, block_size=PAGE)
