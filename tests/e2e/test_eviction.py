@@ -509,7 +509,7 @@ def test_the_engine_evicts_what_the_reference_evicts(real_weights, tmp_path):
     run, 0.059 nat. Evicting quantises keys a second time, which at most doubles the squared error, and near the
     threshold of a score other tokens are chosen, which matter least: within twice that in all (1.14 to 1.35 times
     measured; 1.52 with H2O, whose sums carry the error on). To another policy's reference or budget, quantisation and
-    choice add up in squares: the nearest of the 42 pairs, EpiCache with 1024 tokens and no eviction, are 0.086 apart
+    choice add up in squares: the nearest of the 56 pairs, EpiCache with 1024 tokens and no eviction, are 0.086 apart
     themselves, which makes 1.48 times an engine's distance from its own; the others are at 1.8 times and more.
     """
     from transformers import AutoModelForCausalLM
