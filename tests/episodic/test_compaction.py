@@ -156,6 +156,9 @@ def double_scores(name: str, keys: torch.Tensor, queries: torch.Tensor) -> torch
     """[H, T] float64 of keys [H, T, D] and queries [Q, H * GROUP, D], one head and query at a time."""
     keys, queries = keys.double(), queries.double()
     slots = keys.shape[1]
+    if name == "epicache-keydiff":
+        parts = torch.stack([double_scores(part, keys, queries) for part in ("epicache", "keydiff")])
+        return (parts.unsqueeze(-1) > parts.unsqueeze(-2)).sum(-1).amax(0).double()
     found = torch.zeros(HEADS, slots, dtype=torch.float64)
     for head in range(HEADS):
         if name == "streaming":
@@ -209,8 +212,9 @@ def test_policies_choose_by_what_reads_back(name, policy, rng):
         free = [slot for slot in chosen if slot not in must]
         left = [slot for slot in range(sources * PAGE) if slot not in set(chosen)]
         lowest, highest = float(scores[head, free].min()), float(scores[head, left].max())
-        # float32: scores of size ~100 are off by 1e-4, and a weight by so much of itself.
-        assert lowest >= highest - 1e-3 * abs(highest) - 1e-7
+        # float32: scores of size ~100 are off by 1e-4, a weight by so much of itself, a rank by the slots in between.
+        allowed = 2 if policy == "epicache-keydiff" else 1e-3 * abs(highest) + 1e-7
+        assert lowest >= highest - allowed
     if offset is not None and policy == "keydiff":  # to a softmax over the slots it is the same number for all
         without = double_scores(policy, keys, queries)[:, : sources * PAGE]
         assert not torch.allclose(without, scores, rtol=0.1), "the offset must matter"

@@ -45,11 +45,12 @@ def test_budgets_are_whole_pages_rounded_up(budget, pages):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_policies(policy):
     arguments = {"kvcompress_budget": 1024, "kvcompress_policy": policy}
-    if policy == "epicache":
+    guided = POLICIES[policy].queries == "guide"
+    if guided:
         arguments["kvcompress_guide"] = [5, 0, VOCABULARY - 1, 5]
     found = evicts(arguments, DEFAULTS)
     assert found is not None
-    assert (found.policy, found.guide) == (policy, (5, 0, 999, 5) if policy == "epicache" else ())
+    assert (found.policy, found.guide) == (policy, (5, 0, 999, 5) if guided else ())
 
 
 @pytest.mark.parametrize("length", [1, BLOCK])
@@ -115,7 +116,10 @@ GUIDED = {**BUDGET, "kvcompress_policy": "epicache"}
             for value in (None, "4", 4.0, False, -1)
         ),
         *(
-            ({**BUDGET, "kvcompress_policy": value}, f"kvcompress_policy={value!r} must be one of epicache, snapkv, ")
+            (
+                {**BUDGET, "kvcompress_policy": value},
+                f"kvcompress_policy={value!r} must be one of epicache, epicache-keydiff, snapkv, ",
+            )
             for value in ("H2O", "", None, 3, {})
         ),
         *(
