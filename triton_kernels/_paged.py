@@ -11,6 +11,7 @@ all this as tuples of constants (`row_parts`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,8 +41,8 @@ COLUMNS = tl.constexpr(12)
 CHUNK_ENTRIES = tl.constexpr(5)
 
 
-def layer_distances(pages: Sequence[torch.Tensor]) -> list[int]:
-    """Bytes from the pages of the first layer to those of each.
+def layer_distances(pages: Sequence[torch.Tensor]) -> tuple[list[int], int]:
+    """Bytes from the pages of the first layer to those of each, and what all are multiples of, 16 at most.
 
     Raises:
         ValueError: dtypes, shapes or strides differ.
@@ -50,7 +51,8 @@ def layer_distances(pages: Sequence[torch.Tensor]) -> list[int]:
     for one in pages:
         if (one.dtype, one.shape, one.stride()) != (first.dtype, first.shape, first.stride()):
             raise ValueError(f"pages {list(one.shape)} and {list(first.shape)} are not of layers of one kind")
-    return [one.data_ptr() - first.data_ptr() for one in pages]
+    distances = [one.data_ptr() - first.data_ptr() for one in pages]
+    return distances, math.gcd(16, *distances)
 
 
 @triton.jit

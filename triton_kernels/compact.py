@@ -8,7 +8,6 @@ the host longer than a layer's work the device. Nothing here waits for the devic
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -52,14 +51,13 @@ def compact(
     first = pages[0]
     heads, head_bytes = first.shape[1:]
     _paged.page_constants(first, layout)
-    distances = _paged.layer_distances(pages)
+    distances, aligned = _paged.layer_distances(pages)
     _common.check_sketch(sketch, layout)
     layers, count = len(pages), len(targets) * layout.page_tokens
     if kept.shape != (layers, heads, count) or not kept.is_contiguous():
         raise ValueError(f"kept slots {list(kept.shape)} are not {[layers, heads, count]}, contiguous")
     if clip_k.shape != (layers, heads) or not clip_k.is_contiguous():
         raise ValueError(f"shares of the range {list(clip_k.shape)} are not {[layers, heads]}, contiguous")
-    aligned = math.gcd(16, *distances)
     at_once = max(1, _SCRATCH_BYTES // (len(targets) * heads * head_bytes))
     for begin in range(0, layers, at_once):
         part = slice(begin, begin + at_once)

@@ -69,7 +69,7 @@ class Slots:
             ValueError: the layers are not of one kind.
         """
         device = self.table.device
-        distances = _paged.layer_distances(self.pages)
+        distances, aligned = _paged.layer_distances(self.pages)
         at_once = max(1, min(len(distances), self.workspace.shape[0] // self.count))
         table = self.table.int().expand(at_once, -1)
         lengths = torch.full((at_once,), self.count, dtype=torch.int32, device=device)
@@ -95,7 +95,7 @@ class Slots:
                 recent_tokens=0,
                 sketch=self.sketch,
                 layer_offsets=offsets,
-                aligned=math.gcd(16, *distances),
+                aligned=aligned,
             )
             yield Turn(self, slice(begin, begin + count), gather)
 

@@ -172,12 +172,13 @@ class GpuAttention:
 
     def key_workspace(self, page_tokens: int) -> torch.Tensor:
         """[N, H, D] float16 for scoring between two layers' attention: all of the scratch memory that vLLM keeps."""
-        shapes, rows = self._scratch_shapes(page_tokens), self._history_tokens(page_tokens)
         row = (self.num_kv_heads, self.head_dim)
         manager = compat.workspace_manager()
         if manager is None or self.flash is None:
-            return _OWN_SCRATCH.get("scored_keys", (rows, *row), torch.float16, self.device)
-        scratch_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+            shape = (self._history_tokens(page_tokens), *row)
+            return _OWN_SCRATCH.get("scored_keys", shape, torch.float16, self.device)
+        shapes = self._scratch_shapes(page_tokens).values()
+        scratch_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
         rows = scratch_bytes // (math.prod(row) * torch.float16.itemsize)
         (found,) = manager.get_simultaneous(((rows, *row), torch.float16))
         assert isinstance(found, torch.Tensor)
