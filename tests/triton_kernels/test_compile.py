@@ -138,6 +138,13 @@ def merge(dim, dtype, rotated=True):
     merge_states(out, out, lse, out.half(), lse, rotation)
 
 
+def gaps(width, block_tokens):
+    from vllm_kvcompress.triton_kernels.gaps import close_rows
+
+    table, lengths, packed = (torch.zeros(*shape, dtype=torch.int32) for shape in ((4, width), (4,), (20,)))
+    close_rows(table, lengths, packed, 4, block_tokens)
+
+
 ROWS = {
     "rotate": [
         lambda: rotate(32, 128, torch.bfloat16),
@@ -183,6 +190,7 @@ ROWS = {
         lambda: compact("oscar-int2-qjl", 256, "epicache", budget=3),
         lambda: compact("turboquant-4", 256, "h2o", group=4, budget=3),
     ],
+    "gaps": [lambda: gaps(6400, 16), lambda: gaps(801, 128)],
     "merge": [
         lambda: merge(96, torch.float16, rotated=False),
         lambda: merge(128, torch.bfloat16),

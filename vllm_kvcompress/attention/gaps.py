@@ -9,9 +9,11 @@ metadata is built a second time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 
@@ -23,12 +25,11 @@ M = TypeVar("M")
 
 @dataclass(frozen=True)
 class Gap:
-    """Pages [begin, end) of a row of `length` pages are gone; its first blocks are `head`, unless that is empty."""
+    """Pages [begin, end) of a row are gone; its first blocks are `head`, unless that is empty."""
 
     row: int
     begin: int
     end: int
-    length: int
     head: tuple[int, ...] = ()
 
 
@@ -42,6 +43,9 @@ class Origin:
 
 class ClosesGaps(AttentionMetadataBuilder[M], Generic[M]):
     """Builders whose metadata can be built again without a request's evicted pages."""
+
+    packed: tuple[Sequence[Gap], torch.Tensor] | None = None
+    """Gaps of an earlier step, and what the kernel reads of them: most steps have those of the step before"""
 
     def make(self, common: CommonAttentionMetadata) -> M:
         raise NotImplementedError
@@ -57,6 +61,9 @@ class ClosesGaps(AttentionMetadataBuilder[M], Generic[M]):
         if not hasattr(self, "_seq_lens"):
             most = self.vllm_config.scheduler_config.max_num_seqs
             self._seq_lens = common.seq_lens.new_zeros(max(most, len(common.seq_lens)))
+            if self._seq_lens.device.type == "cuda":
+                # The kernel is compiled now and not while a request waits: a row of no length has nothing to move.
+                _close_packed(self, common.block_table_tensor, self._seq_lens, [Gap(0, 0, 0)], 1)
         lengths = self._seq_lens[: len(common.seq_lens)].copy_(common.seq_lens)
         common = replace(common, seq_lens=lengths)
         metadata: Any = self.make(common)
@@ -64,7 +71,7 @@ class ClosesGaps(AttentionMetadataBuilder[M], Generic[M]):
         return metadata
 
 
-def close_gaps(metadata: Any, gaps: list[Gap], page_tokens: int) -> None:
+def close_gaps(metadata: Any, gaps: Sequence[Gap], page_tokens: int) -> None:
     """Build a step's metadata again, in place, without the gaps.
 
     Args:
@@ -72,41 +79,57 @@ def close_gaps(metadata: Any, gaps: list[Gap], page_tokens: int) -> None:
         gaps: at most one a row, in pages of `page_tokens` tokens: a multiple of the group's own block.
     """
     builder, common = metadata.origin.builder, metadata.origin.common
-    table = common.block_table_tensor
-    if table.device.type == "cpu":
+    table, block_tokens = common.block_table_tensor, builder.kv_cache_spec.block_size
+    if table.device.type == "cuda":
+        _close_packed(builder, table, common.seq_lens, gaps, page_tokens // block_tokens)
+    else:
         # There the runner's own rows share this memory. On a GPU they do not, and captured graphs read it.
         table = table.clone()
-    per_page = page_tokens // builder.kv_cache_spec.block_size
-    _move_tails(table, gaps, per_page)
-    _replace_heads(table, [gap for gap in gaps if gap.head])
-    shorter = {gap.row: (gap.end - gap.begin) * page_tokens for gap in gaps}
-    rows = to_device(list(shorter), torch.int64, table.device)
-    common.seq_lens.index_add_(0, rows, -to_device(list(shorter.values()), common.seq_lens.dtype, table.device))
+        close_rows(table, common.seq_lens, gaps, page_tokens // block_tokens, block_tokens)
     bounds, longest = common.seq_lens_cpu_upper_bound, common.max_seq_len
     if bounds is not None:
-        bounds = bounds.clone()
-        bounds[list(shorter)] -= torch.tensor(list(shorter.values()), dtype=bounds.dtype)
-        longest = int(bounds[: common.num_reqs].max())
+        shorter = bounds.numpy().copy()
+        shorter[[gap.row for gap in gaps]] -= np.array([gap.end - gap.begin for gap in gaps]) * page_tokens
+        bounds, longest = torch.from_numpy(shorter), int(shorter[: common.num_reqs].max())
     common = replace(common, block_table_tensor=table, seq_lens_cpu_upper_bound=bounds, max_seq_len=longest)
     vars(metadata).update(vars(builder.make(common)))
 
 
-def _move_tails(table: torch.Tensor, gaps: list[Gap], per_page: int) -> None:
-    rows: list[int] = []
-    sources: list[int] = []
-    targets: list[int] = []
+def close_rows(
+    table: torch.Tensor, seq_lens: torch.Tensor, gaps: Sequence[Gap], per_page: int, block_tokens: int
+) -> None:
+    """Move what follows a row's gap to where the gap begins, and shorten its request.
+
+    Args:
+        table: [R, max_blocks] int32; changed.
+        seq_lens: [R] int32; changed.
+        per_page: blocks of a gap's page, of `block_tokens` tokens each.
+    """
     for gap in gaps:
-        begin, end, length = (min(pages * per_page, table.shape[1]) for pages in (gap.begin, gap.end, gap.length))
-        rows += [gap.row] * (length - end)
-        sources += range(end, length)
-        targets += range(begin, begin + length - end)
-    row, source, target = to_device([rows, sources, targets], torch.int64, table.device)
-    table[row, target] = table[row, source]
+        row, begin, end = table[gap.row], gap.begin * per_page, gap.end * per_page
+        tail = row[end : -(-int(seq_lens[gap.row]) // block_tokens)].clone()
+        row[begin : begin + len(tail)] = tail
+        row[: len(gap.head)] = torch.tensor(gap.head, dtype=row.dtype)
+        seq_lens[gap.row] -= (end - begin) * block_tokens
 
 
-def _replace_heads(table: torch.Tensor, gaps: list[Gap]) -> None:
-    if not gaps:
-        return
-    cells = [(gap.row, column, page) for gap in gaps for column, page in enumerate(gap.head)]
-    row, column, page = to_device([list(part) for part in zip(*cells, strict=True)], torch.int64, table.device)
-    table[row, column] = page.to(table.dtype)
+def _close_packed(
+    builder: ClosesGaps[Any], table: torch.Tensor, seq_lens: torch.Tensor, gaps: Sequence[Gap], per_page: int
+) -> None:
+    """`close_rows` on a GPU, in one launch; what it is told is copied there only where it has changed."""
+    from vllm_kvcompress.triton_kernels import gaps as kernel
+
+    if builder.packed is None or builder.packed[0] != gaps:
+        builder.packed = gaps, to_device(pack(gaps, per_page), torch.int32, table.device)
+    kernel.close_rows(table, seq_lens, builder.packed[1], len(gaps), builder.kv_cache_spec.block_size)
+
+
+def pack(gaps: Sequence[Gap], per_page: int) -> list[int]:
+    """What `triton_kernels.gaps.close_rows` reads: five numbers a gap, then the rows' new first blocks."""
+    numbers: list[int] = []
+    heads: list[int] = []
+    for gap in gaps:
+        head = 5 * len(gaps) + len(heads)
+        numbers += [gap.row, gap.begin * per_page, gap.end * per_page, head, len(gap.head)]
+        heads += gap.head
+    return numbers + heads

@@ -165,7 +165,7 @@ class EvictionWorker:
                 rows = match_rows(common.block_table_tensor[: common.num_reqs], own)
             else:
                 rows = [(item, request_ids.index(item.request_id)) for item in own]
-            gaps = [Gap(row, item.begin, item.end, item.tail_index + 1, item.head) for item, row in rows]
+            gaps = [Gap(row, item.begin, item.end, item.head) for item, row in rows]
             close_gaps(metadata, gaps, page_tokens)
             gaps = [replace(gap, head=()) for gap in gaps]
             for windows, of in self._pages_of.items():
