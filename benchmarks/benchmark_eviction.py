@@ -36,6 +36,8 @@ from benchmark_engine import LLAMA_8B, TOY, Requests, integers, round_up, write_
 BASELINE = "auto"
 LEAST_DECODE, LEAST_MEMORY, MOST_PREFILL = 2.4, 3.7, 1.15
 GUIDE_TOKENS = 512
+LEAST_COMPRESSION = 3
+"""Of any format's pages and windows against 16 bits"""
 NEW_TOKENS = 1024
 
 
@@ -189,6 +191,9 @@ def engine_arguments(args: argparse.Namespace, model: Path, setup: Setup) -> dic
     )
     # vLLM starts only where a request of the greatest length fits, whether requests evict or not.
     held = max(max_model_len, most * (2 * args.budget + 4 * args.block)) if setup.evicts else most * max_model_len
+    kept_bytes = token_bytes * (held + 1024)  # + the null block and windows
+    if setup.kv_cache_dtype != BASELINE:
+        kept_bytes //= LEAST_COMPRESSION
     settings: dict[str, Any] = {"episodic": {"budget": args.budget, "block_tokens": args.block}} if setup.evicts else {}
     found = {
         "model": str(model),
@@ -197,7 +202,7 @@ def engine_arguments(args: argparse.Namespace, model: Path, setup: Setup) -> dic
         "max_model_len": max_model_len,
         "max_num_seqs": most,
         "max_num_batched_tokens": args.block,
-        "kv_cache_memory_bytes": token_bytes * (held + 1024),  # + the null block and windows
+        "kv_cache_memory_bytes": kept_bytes,
         "gpu_memory_utilization": 0.1,  # only checked against what is free at the start: the bytes are given
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
@@ -239,7 +244,10 @@ def run_engines(args: argparse.Namespace, setups: list[Setup], folder: Path) -> 
                 command, stdout=log, stderr=subprocess.STDOUT, env=environ, start_new_session=True
             )
             started.append((setup, job, process, log))
-            # vLLM refuses to start where another engine takes or frees memory meanwhile: the next one when this is up.
+            if number_ == 0:
+                # What it compiles, the others find; then they start together, for their memory is given.
+                _wait(process, Path(job["ready"]), args.timeout)
+        for _, job, process, _ in started:
             _wait(process, Path(job["ready"]), args.timeout)
         for setup, job, process, log in started:
             Path(job["go"]).touch()
