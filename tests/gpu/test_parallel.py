@@ -19,7 +19,13 @@ ON_GPU = {
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs two GPUs, found {torch.cuda.device_count()}")
 @pytest.mark.parametrize("page_format", ["hadamard-int2", "turboquant-3.5"])
-@pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
+@pytest.mark.parametrize(
+    "split",
+    [
+        pytest.param("tensor_parallel_size", marks=pytest.mark.feature("tensor parallelism", "works")),
+        pytest.param("pipeline_parallel_size", marks=pytest.mark.feature("pipeline parallelism", "works")),
+    ],
+)
 def test_two_gpus(page_format, split, tmp_path, monkeypatch):
     """With graphs, prefix hits and chunks; sums of 16-bit numbers, on one GPU or two, as in test_compiled_in_fp16."""
     monkeypatch.setenv("VLLM_ALLREDUCE_USE_FLASHINFER", "0")
