@@ -235,10 +235,9 @@ class EpisodicMiddleware:
                 **{key: request[key] for key in ("cache_salt", "priority") if request.get(key) is not None},
             }
             status, found = await post(self._app, scope, receive, "/v1/completions", content)
-            if 400 <= status < 500:
-                raise _Refused(status, found)
             if status != 200:
-                raise _PassedOn(f"reading it failed with status {status}: {str(found)[:300]}")
+                # The engine's error is the client's answer: what failed in blocks would not fare better in full.
+                raise _Refused(status, found)
             report = (found.get("kv_transfer_params") or {}).get("kvcompress") or {}
             kept.tokens = report.get("kept_tokens", 0)
             kept.digest = _digest(tokens, kept.tokens)
