@@ -49,7 +49,8 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	if nvidia-smi -L >/dev/null 2>&1; then \
 	  $(BIN)/python benchmarks/benchmark_decode.py --rotations --triton && $(BIN)/python benchmarks/benchmark_store.py && \
-	  $(BIN)/python benchmarks/benchmark_prefill.py && $(BIN)/python benchmarks/benchmark_engine.py; \
+	  $(BIN)/python benchmarks/benchmark_prefill.py && $(BIN)/python benchmarks/benchmark_engine.py && \
+	  $(BIN)/python benchmarks/benchmark_eviction.py; \
 	else \
 	  $(BIN)/python -c "from pathlib import Path; from vllm_kvcompress.demo.model import fetch_demo_model; fetch_demo_model(Path('.demo/smollm2-135m'))" && \
 	  { test -f .demo/smollm2-135m/kvcompress/rotation.safetensors || $(BIN)/kvcompress calibrate .demo/smollm2-135m; } && \

@@ -12,7 +12,8 @@ An engine would rather run it once. Compared on LoCoMo (one JSON file a conversa
     once-fixed   the same, left at the position of their capture
     first-block  captured after the first block of the history, turned
     layers       exact with budgets by layer (`policies.layer_budgets`), as the rotation file's sensitivities say
-    snapkv, keydiff, h2o, streaming; full: nothing evicted; none: no history at all
+    epicache-keydiff (the guide at every block), snapkv, keydiff, h2o, streaming
+    full: nothing evicted; none: no history at all
 
 Windows of four utterances are clustered by the mean of their token embeddings (centred on the conversation). A history
 is compacted for the one episode that holds the evidence of most questions, and those are asked: the episode is an
@@ -53,7 +54,9 @@ from vllm_kvcompress.evaluation.metrics import block_bootstrap_mean
 from vllm_kvcompress.rotations import find_rotation
 from vllm_kvcompress.rotations.file import read_metadata
 
-METHODS = ("exact", "once", "once-fixed", "first-block", "layers", "snapkv", "keydiff", "h2o", "streaming")
+METHODS = (
+    "exact", "once", "once-fixed", "first-block", "layers", "epicache-keydiff", "snapkv", "keydiff", "h2o", "streaming"
+)  # fmt: skip
 EPISODES, WINDOW, MEDOIDS, SEED = 4, 4, 2, 42
 ADVERSARIAL = 5
 """LoCoMo's category of questions without an answer."""
@@ -245,6 +248,7 @@ class Study:
             "once-fixed": guide_captured(model, alone, protected, rephase=False),
             "first-block": guide_captured(model, after_block, block),
             "layers": guide_every_block(model, guide_ids),
+            "epicache-keydiff": guide_every_block(model, guide_ids),
         }
         rows = [
             {"method": "full", "share": 1.0, "logprob": self.logprob(full, episode.questions)},
@@ -263,7 +267,7 @@ class Study:
                 cache = prefill(
                     model,
                     ids[shared:],
-                    POLICIES["epicache" if method in guides else method],
+                    POLICIES[method if method in POLICIES else "epicache"],
                     budgets,
                     block=block,
                     protected=protected,
@@ -283,7 +287,7 @@ class Study:
                 }
                 rows.append(row)
                 print(
-                    f"  {share:5.3f} {method:<11} ln p {np.mean(row['logprob']):.3f}  read {np.mean(row['read']):.3f}  "
+                    f"  {share:5.3f} {method:<16} ln p {np.mean(row['logprob']):.3f}  read {np.mean(row['read']):.3f}  "
                     f"evidence {np.mean(row['evidence']):.3f}  jaccard {row['jaccard']:.3f}  "
                     f"{row['cpu_seconds']:.0f} s, {time.process_time():.0f} s in all",
                     flush=True,
