@@ -139,7 +139,7 @@ def test_a_long_history_is_routed(make_chat, topic):
     extra = llm.requests[0][1].extra_args
     assert {name: value for name, value in extra.items() if name not in PLACES} == {
         "kvcompress_budget": 512,
-        "kvcompress_policy": "epicache",
+        "kvcompress_policy": "epicache-keydiff",
         "kvcompress_protect": words("<system> you never forget <end> <user>"),
     }
     quoted = llm.tokenizer.text(extra["kvcompress_guide"]).split()

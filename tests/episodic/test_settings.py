@@ -10,7 +10,7 @@ from vllm_kvcompress.episodic.settings import EpisodicSettings
 def test_defaults():
     settings = EpisodicSettings(budget=4096)
     assert (settings.block_tokens, settings.episodes, settings.window_utterances, settings.medoids) == (2048, 4, 4, 4)
-    assert (settings.embedder, settings.policy) == ("tokens", "epicache")
+    assert (settings.embedder, settings.policy) == ("tokens", "epicache-keydiff")
     assert settings.threshold == 4096 + 2048
     assert EpisodicSettings(budget=4096, threshold_tokens=5000).threshold == 5000
 

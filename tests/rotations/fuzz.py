@@ -3,7 +3,7 @@
 
     python tests/rotations/fuzz.py rotation|zoo CORPUS_DIR [-max_total_time=60] [other arguments of libFuzzer]
 
-Needs atheris: pip install 'vllm-kvcompress[fuzz]'.
+Needs atheris, of the extra `dev` where there are wheels of it.
 """
 
 import contextlib

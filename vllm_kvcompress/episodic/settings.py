@@ -49,7 +49,7 @@ class EpisodicSettings(BaseModel):
     growth: float = Field(
         1.5, ge=1.1, le=16, description="episodes are made anew when the conversation has grown by this factor"
     )
-    policy: Policy = Field("epicache", description="which tokens are kept")
+    policy: Policy = Field("epicache-keydiff", description="which tokens are kept")
     layer_budgets: LayerBudgets = Field(
         "uniform", description="the budget in every layer, or on average: more where calibration found more sensitivity"
     )
