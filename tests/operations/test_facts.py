@@ -51,7 +51,7 @@ def test_pages_on_a_gpu(configure, monkeypatch):
     assert find_facts(config).kernels == "triton"
     monkeypatch.setattr(facts, "expected_decode", lambda *asked: "cuda")
     line = start_line(config, 1, 1.0)
-    assert line.endswith("eviction: budget 512 tokens (epicache), attention kernels: cuda (kernels=auto)")
+    assert line.endswith("eviction: budget 512 tokens (epicache-keydiff), attention kernels: cuda (kernels=auto)")
 
 
 @pytest.mark.parametrize("dtype,number,ratio", [("float32", 512, "0.5"), ("bfloat16", 256, "1.0")])
