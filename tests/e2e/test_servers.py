@@ -110,6 +110,15 @@ def check_gone(server: Server, all_of_it: list[psutil.Process]) -> None:
     assert "EngineDeadError" in server.log_text()
 
 
+def check_nothing_lost(home: Path, before: dict[str, bytes], expected: list[str], workers: int = 1) -> None:
+    """The user's files are as they were, and a new server answers as the one that is gone."""
+    assert files(home) == before
+    with serve(home, "again", workers=workers) as server:
+        server.wait_until_ready(START_SECONDS)
+        assert answers(server) == expected
+    assert files(home) == before
+
+
 def test_killed_in_the_middle_of_a_request(home):
     assert calibrate().returncode == 0
     before = files(home)
@@ -125,12 +134,7 @@ def test_killed_in_the_middle_of_a_request(home):
         with pytest.raises(openai.APIError, match="EngineCore encountered an issue"):
             list(stream)
         check_gone(server, all_of_it)
-    assert files(home) == before
-
-    with serve(home, "again") as server:
-        server.wait_until_ready(START_SECONDS)
-        assert answers(server) == expected
-    assert files(home) == before
+    check_nothing_lost(home, before, expected)
 
 
 @pytest.mark.parametrize(("workers", "title"), [(1, "Worker"), (2, "Worker_TP1")])
@@ -150,12 +154,7 @@ def test_worker_killed_while_a_history_is_read(home, workers, title):
             asked.result(ANSWER_SECONDS)
         assert isinstance(caught.value, openai.InternalServerError | openai.APIConnectionError), caught.value
         check_gone(server, all_of_it)
-    assert files(home) == before
-
-    with serve(home, "again", workers=workers) as server:
-        server.wait_until_ready(START_SECONDS)
-        assert answers(server) == expected
-    assert files(home) == before
+    check_nothing_lost(home, before, expected, workers)
 
 
 def test_two_at_once(home):

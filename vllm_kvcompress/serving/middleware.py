@@ -76,7 +76,7 @@ class _PassedOn(Exception):
 
 
 class _Refused(Exception):
-    """The client's error, as vLLM answered it: (status, content)."""
+    """An error of the request or its reading, as vLLM answered it: (status, content)."""
 
 
 @dataclass
